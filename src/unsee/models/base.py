@@ -1,0 +1,159 @@
+"""What every text-to-image diffusion model must offer to be attributed."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..query import Query, box_mask
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Denoiser(ABC):
+    """A denoising network with its noise schedule and encoders.
+
+    Attributes:
+        network: the denoising network, in eval mode.
+        parameters: the selected parameters, name -> parameter, in the network's order.
+        prediction_type: what the network predicts.
+        num_train_timesteps: length of the training schedule.
+        pipeline: the pipeline it came from; None for a bare network.
+    """
+
+    network: nn.Module
+    parameters: dict[str, nn.Parameter]
+    prediction_type: str
+    num_train_timesteps: int
+    pipeline: Any | None
+
+    @staticmethod
+    def from_pipeline(
+        pipeline: DiffusionPipeline, parameters: str | Sequence[str] = "cross-attn-kv"
+    ) -> Denoiser:
+        """Wraps a loaded diffusers pipeline; the pipeline itself is not changed.
+
+        Args:
+            pipeline: a Stable Diffusion pipeline (any with a `UNet2DConditionModel`, one text
+                encoder and an `AutoencoderKL`).
+            parameters: a preset (`cross-attn-kv`, `cross-attn`, `attn`, `lora`, `all`) or
+                fnmatch patterns of parameter names.
+
+        Raises:
+            ValueError: the pipeline lacks a part or is of an unsupported family, or the selection
+                matches nothing.
+        """
+        from .unet import UNetDenoiser
+
+        return UNetDenoiser.from_pipeline(pipeline, parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.network.parameters()).device
+
+    @abstractmethod
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Returns scaled latents [B, C, h, w] float32 (the posterior's mode), on the CPU."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Returns text states [B, T, D] float32, on the CPU; warns of prompts that are cut."""
+
+    @abstractmethod
+    def loss(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Denoising loss of B examples on D draws each; differentiable in the parameters.
+
+        Args:
+            latents: [B, C, h, w].
+            text: [B, T, D_text].
+            timesteps: [B, D] int64.
+            noise: [B, D, C, h, w].
+            mask: [h, w]; the loss is averaged over its cells only.
+
+        Returns:
+            [B, D], the squared error averaged over latent elements. The network runs in its own
+            dtype; the average is taken in float32, or float64 for a float64 network.
+        """
+
+    @abstractmethod
+    def generate(self, prompt: str, seed: int, **options: Any) -> Query:
+        """Makes a picture and returns it as a query, with the sampler's own final latent."""
+
+    def query(
+        self, image: Image.Image, prompt: str, box: tuple[int, int, int, int] | None = None
+    ) -> Query:
+        """Returns a query for a picture that was made elsewhere.
+
+        Args:
+            image: the picture.
+            prompt: what it was made for.
+            box: (x0, y0, x1, y1) in pixels; restricts the query's loss to this part.
+        """
+        from ..data.dataset import to_rgb
+
+        picture = to_rgb(image)
+        latents = self.encode_images([picture])[0]
+        query = Query(
+            id=f"image:{prompt}",
+            latents=latents,
+            text=self.encode_prompts([prompt])[0],
+            prompt=prompt,
+            image=picture,
+            provenance={"source": "image"},
+        )
+        return with_box(query, box) if box is not None else query
+
+    @contextlib.contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Gives selected parameters other values inside a `with` block; restores every bit after."""
+        before = {name: self.parameters[name].detach().clone() for name in values}
+        try:
+            with torch.no_grad():
+                for name, value in values.items():
+                    self.parameters[name].copy_(value)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    self.parameters[name].copy_(value)
+
+    @contextlib.contextmanager
+    def gradients_on(self) -> Iterator[None]:
+        """Lets exactly the selected parameters require gradients inside a `with` block."""
+        chosen = {id(p) for p in self.parameters.values()}
+        before = [(p, p.requires_grad) for p in self.network.parameters()]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(id(parameter) in chosen)
+            yield
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
+
+
+def with_box(query: Query, box: tuple[int, int, int, int]) -> Query:
+    """Returns the query restricted to a pixel box.
+
+    Raises:
+        ValueError: the box is empty or reaches outside the picture.
+    """
+    import dataclasses
+
+    h, w = query.latents.shape[-2:]
+    mask = box_mask(box, query.image.size, (h, w))
+    return dataclasses.replace(query, mask=mask, box=box, id=f"{query.id}@{','.join(map(str, box))}")

@@ -1,0 +1,33 @@
+"""Which parameters an attribution looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+
+def select_parameters(
+    names: Iterable[str], parameters: str | Sequence[str], presets: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Returns the names that match, in the order of the model.
+
+    Args:
+        names: all parameter names of the network.
+        parameters: a preset, or fnmatch patterns such as `"*attn2.to_k.weight"`.
+        presets: the architecture's own presets: name -> patterns.
+
+    Raises:
+        ValueError: nothing matches a pattern.
+    """
+    names = list(names)
+    if isinstance(parameters, str):
+        patterns = presets.get(parameters, [parameters])
+    else:
+        patterns = parameters
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"parameters: {pattern!r} matches none of the model's {len(names)} parameters; "
+                f"use one of {', '.join(presets)}, or a pattern like {names[0]!r}"
+            )
+    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]

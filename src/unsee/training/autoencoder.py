@@ -1,0 +1,112 @@
+"""Trains the small autoencoder of the twemoji model: pictures to latents and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from ..data.dataset import ImageDataset
+from .loop import BatchOrder, Optimization, train
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """Architecture and loss of a small `AutoencoderKL`.
+
+    Attributes:
+        resolution: side of the square pictures, in pixels.
+        channels: width at each resolution; every further entry halves the resolution.
+        layers_per_block: residual blocks at each resolution.
+        latent_channels: channels of the latent.
+        kl_weight: weight of the KL divergence to a unit normal, per latent element, beside the
+            mean squared error per pixel of pictures in [-1, 1].
+    """
+
+    resolution: int = 64
+    channels: tuple[int, ...] = (16, 24, 64, 128)
+    layers_per_block: int = 1
+    latent_channels: int = 8
+    kl_weight: float = 1e-4
+
+
+def load_pixels(data: ImageDataset, resolution: int) -> Tensor:
+    """Returns all pictures as float32 [N, 3, resolution, resolution] in [-1, 1]."""
+    import numpy as np
+
+    pictures = []
+    for example in data:
+        picture = example.image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        pictures.append(torch.from_numpy(np.asarray(picture).copy()))
+    return torch.stack(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderKL:
+    """Returns an untrained autoencoder; the caller seeds the generator of initial weights."""
+    levels = len(recipe.channels)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=recipe.channels,
+        layers_per_block=recipe.layers_per_block,
+        latent_channels=recipe.latent_channels,
+        norm_num_groups=8,
+        sample_size=recipe.resolution,
+    )
+
+
+def train_autoencoder(
+    pixels: Tensor, recipe: AutoencoderRecipe, optimization: Optimization, directory: Path
+) -> AutoencoderKL:
+    """Trains an autoencoder on `pixels` and returns it in eval mode.
+
+    Its `scaling_factor` is set so that the latents of `pixels` (posterior mode) have unit
+    standard deviation, and its `shift_factor` stays unset: pipelines of the first generation of
+    Stable Diffusion know no shift.
+
+    Args:
+        pixels: [N, 3, H, W] float32 in [-1, 1].
+        recipe: architecture and loss.
+        optimization: optimiser, seed, checkpoints.
+        directory: for the checkpoint.
+    """
+    torch.manual_seed(optimization.seed)
+    model = build_autoencoder(recipe)
+
+    def loss_of(positions: Tensor, generator: torch.Generator) -> Tensor:
+        target = pixels[positions]
+        posterior = model.encode(target).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        decoded = model.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return (decoded - target).square().mean() + recipe.kl_weight * kl
+
+    order = BatchOrder(torch.arange(len(pixels)), optimization.batch_size, optimization.seed)
+    train(model, loss_of, order, optimization, directory, dataclasses.asdict(recipe))
+    latents = encode(model, pixels)
+    model.register_to_config(scaling_factor=float(1 / latents.std()))
+    return model
+
+
+@torch.no_grad()
+def encode(model: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
+    """Returns the unscaled posterior modes [N, C, h, w] of `pixels`."""
+    return torch.cat([model.encode(b).latent_dist.mode() for b in pixels.split(batch_size)])
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
+    """Returns the peak signal-to-noise ratio of each reconstruction, [N] in dB."""
+    values = []
+    for batch in pixels.split(batch_size):
+        decoded = model.decode(model.encode(batch).latent_dist.mode()).sample.clamp(-1, 1)
+        error = ((decoded - batch) / 2).square().mean(dim=(1, 2, 3))
+        values.append(-10 * torch.log10(error))
+    return torch.cat(values)
