@@ -121,6 +121,40 @@ def _view_losses(
     return total / counts[:, None]
 
 
+def noise_floor(
+    model: Denoiser,
+    data: EncodedExamples,
+    draws: DrawSource,
+    rows: Sequence[int],
+    batch_size: int = 640,
+) -> float:
+    """Bounds the error that floating point leaves in a score.
+
+    The same losses are computed in batches of another size, with the weights unchanged: another
+    order of summation, hence other rounding. What moves is no influence.
+
+    Args:
+        model: the network.
+        data: the training examples.
+        draws: each example's timesteps and noise.
+        rows: a sample of examples.
+        batch_size: the batch size that scores are computed with.
+
+    Returns:
+        Twice the largest change of an example's loss (mean over draws) between the two batch
+        sizes: a score is the difference of two such losses.
+    """
+    other = max(1, draws.n * 3) if batch_size > draws.n * 3 else batch_size * 3 + 1
+    first, second = (
+        forward_losses(model, data, draws, rows, batch_size=size, description="noise floor")
+        for size in (batch_size, other)
+    )
+    change = np.abs((first - second).mean(axis=2)).max()
+    # Two runs may agree to the last bit by luck; rounding of a single float32 loss is the least.
+    dtype = np.float64 if next(model.network.parameters()).dtype == torch.float64 else np.float32
+    return 2 * float(max(change, np.finfo(dtype).eps * np.abs(first).mean()))
+
+
 def gather(
     data: EncodedExamples,
     draws: DrawSource,

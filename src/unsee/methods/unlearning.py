@@ -24,11 +24,14 @@ from ..gradients import Gradients, mean_gradient
 from ..models.base import Denoiser
 from ..query import Query
 from .base import Scores
-from .forward import forward_losses, gather, settings_key
+from .forward import forward_losses, gather, noise_floor, settings_key
 
 logger = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
+
+FLOOR_EXAMPLES = 64
+"""Size of the sample that the noise floor is measured on."""
 
 
 def fit_diagonal_fisher(
@@ -241,7 +244,11 @@ class AbU:
 
         Returns:
             Scores in the order of the data set, or of `candidates`. `settings` holds the query's
-            loss before and after, the step sizes, and seconds by stage.
+            loss before and after, the step sizes, the noise floor, and seconds by stage.
+
+        Raises:
+            ValueError: an unknown candidate, a loss that is not finite, or a step so small that
+                the scores drown in rounding.
         """
         rows = self._rows(candidates)
         started = time.monotonic()
@@ -251,6 +258,7 @@ class AbU:
         unlearn_done = time.monotonic()
         after = self.losses(rows, unlearned.weights)
         change = (after - before).mean(axis=2).max(axis=1)
+        floor = self._checked_floor(query, change, unlearned)
         settings = {
             "parameters": list(self.model.parameters),
             "steps": self.steps,
@@ -262,6 +270,7 @@ class AbU:
             "draws": dataclasses.asdict(self.draws),
             "query_draws": dataclasses.asdict(self.query_draws),
             "flips": self.flips,
+            "noise_floor": floor,
             "box": query.box,
             "curvature": {"count": self.curvature.count, **self.curvature.settings},
             "seconds": {
@@ -272,6 +281,19 @@ class AbU:
         }
         ids = [self.data.ids[r] for r in rows]
         return Scores(ids, change, "AbU", settings, query)
+
+    def _checked_floor(self, query: Query, change: np.ndarray, unlearned: Unlearned) -> float:
+        """Returns the noise floor of the scores; refuses scores that lie below it."""
+        sample = range(0, len(self.data.ids), max(1, len(self.data.ids) // FLOOR_EXAMPLES))
+        floor = noise_floor(self.model, self.data, self.draws, sample, self.batch_size)
+        typical = float(np.sqrt(np.mean(change**2)))
+        if typical <= floor:
+            raise ValueError(
+                f"unlearning {query.id!r}: a rise of {unlearned.rise:.2g} of its loss moves the "
+                f"training losses by {typical:.2g}, less than the {floor:.2g} that rounding does; "
+                "use a larger rise, or a float32 model if this one is of lower precision"
+            )
+        return floor
 
     def _rows(self, candidates: Sequence[str] | None) -> list[int]:
         if candidates is None:

@@ -1,0 +1,83 @@
+"""Opens a diffusers pipeline, and says in one line what is wrong with one that does not open."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+
+
+def load_pipeline(
+    source: str | Path, dtype: Dtype = "float32", device: str | None = None
+) -> Any:
+    """Loads a text-to-image pipeline from a folder or the hub.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, or a hub id such as `"org/name"`.
+        dtype: of the weights; small unlearning steps vanish in anything below float32.
+        device: `"cpu"`, `"cuda"`, `"mps"`; by default the best there is.
+
+    Raises:
+        ValueError: no such folder, a folder that lacks a part, a part that does not load, a
+            device that is not there.
+    """
+    from diffusers import DiffusionPipeline
+
+    where = choose_device(device)
+    folder = Path(source)
+    if folder.is_dir():
+        _check_parts(folder)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+        raise ValueError(f"model {str(source)!r}: no such folder, and not a hub id like 'org/name'")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(source), torch_dtype=getattr(torch, dtype)
+        )
+    except Exception as error:  # from_pretrained raises whatever its parts raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"model {str(source)!r} does not load: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(where)
+
+
+def choose_device(device: str | None) -> torch.device:
+    """Returns the device asked for, or the best there is.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if device is None:
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    kind = device.partition(":")[0]
+    if not available.get(kind, False):
+        there = ", ".join(name for name, yes in available.items() if yes)
+        raise ValueError(f"device {device!r} is not available here; there is: {there}")
+    return torch.device(device)
+
+
+def _check_parts(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"model {str(folder)!r} has no model_index.json: it is not a diffusers pipeline "
+            "(save one with pipeline.save_pretrained)"
+        )
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model {str(folder)!r}: model_index.json is not JSON ({error})") from None
+    for name, about in parts.items():
+        if name.startswith("_") or not isinstance(about, list) or about[0] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise ValueError(f"model {str(folder)!r} lacks its part {name!r}: no folder {name}/")
+        if name in ("unet", "vae", "text_encoder", "transformer") and not [
+            *(folder / name).glob("*.safetensors"), *(folder / name).glob("*.bin")
+        ]:  # fmt: skip
+            raise ValueError(f"model {str(folder)!r} lacks its part {name!r}: no weights in {name}/")
