@@ -83,12 +83,16 @@ def prepare(
     if path.is_file():
         fisher = DiagonalFisher.load(path)
     else:
+
         def bar(batches: Sequence) -> Sequence:
             return tqdm(batches, desc="fisher", unit="batch", disable=None, file=sys.stderr)
 
         fisher = fit_diagonal_fisher(model, sample, draws, fisher_batch, progress=bar)
         fisher.save(path)
-    seconds = {"encode pictures": encode_done - started, "fit Fisher": time.monotonic() - encode_done}
+    seconds = {
+        "encode pictures": encode_done - started,
+        "fit Fisher": time.monotonic() - encode_done,
+    }
     return Prepared(model, data, encoded, fisher, work, seconds)
 
 

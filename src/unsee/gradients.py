@@ -100,8 +100,9 @@ def _linear_squares(
         gradient: Tensor | None = None
         for x, g in calls:
             # (rows, ..., features) -> (rows, tokens, features): one token where there is no axis
-            a = x[first : first + chunk].flatten(1, -2) if x.dim() > 2 else x[first : first + chunk, None]
-            b = g[first : first + chunk].flatten(1, -2) if g.dim() > 2 else g[first : first + chunk, None]
+            a, b = x[first : first + chunk], g[first : first + chunk]
+            a = a.flatten(1, -2) if a.dim() > 2 else a[:, None]
+            b = b.flatten(1, -2) if b.dim() > 2 else b[:, None]
             one = torch.einsum("rto,rti->roi", b, a) if kind == "weight" else b.sum(1)
             gradient = one if gradient is None else gradient + one
         assert gradient is not None

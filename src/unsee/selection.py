@@ -20,10 +20,8 @@ def select_parameters(
         ValueError: nothing matches a pattern.
     """
     names = list(names)
-    if isinstance(parameters, str):
-        patterns = presets.get(parameters, [parameters])
-    else:
-        patterns = parameters
+    named = isinstance(parameters, str)
+    patterns = presets.get(parameters, [parameters]) if named else parameters
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(

@@ -90,7 +90,7 @@ class ImageDataset(Sequence[Example]):
         name: what the data set is called in messages and manifests.
     """
 
-    def __init__(self, table: datasets.Dataset, name: str):
+    def __init__(self, table: datasets.Dataset, name: str) -> None:
         self.table = table.cast_column("image", datasets.Image(decode=False))
         self.name = name
         self.ids: list[str] = list(self.table["id"])
@@ -171,6 +171,7 @@ def load_dataset(
         data_dir: the folder, for `"imagefolder"`.
         on_error: what to do with rows whose image file is missing or whose caption is empty:
             `"raise"`, or `"skip"` with a warning that names them.
+        **options: of the named data set.
 
     Raises:
         ValueError: unknown name or option, missing folder or metadata, missing image or caption,
@@ -210,7 +211,8 @@ def _load_imagefolder(folder: Path, on_error: OnError) -> ImageDataset:
                 problems.append(f"{where}: id {identifier!r} appears more than once")
                 continue
             taken.add(identifier)
-            rows.append({**row, "id": identifier, "captions": captions, "image": str(folder / file_name)})
+            known = {"id": identifier, "captions": captions, "image": str(folder / file_name)}
+            rows.append({**row, **known})
     if problems and on_error == "raise":
         raise ValueError(_summary(problems) + "; fix them, or skip them with on_error='skip'")
     if problems:

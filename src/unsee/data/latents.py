@@ -61,7 +61,7 @@ class EncodedDataset:
         states: Tensor,
         caption_rows: list[list[int]],
         flipped: Tensor | None = None,
-    ):
+    ) -> None:
         self.ids = ids
         self._latents, self._flipped = latents, flipped
         self._states, self._caption_rows = states, caption_rows
@@ -130,7 +130,8 @@ def encode_dataset(
     bar = tqdm(total=len(data), desc="encode", unit="image", disable=None, file=sys.stderr)
     ids: list[str] = []
     latents, flipped, captions = [], [], []
-    key = hashlib.sha256(f"{data.fingerprint} {_encoder_key(model)} {flips}".encode()).hexdigest()[:12]
+    about = f"{data.fingerprint} {_encoder_key(model)} {flips}"
+    key = hashlib.sha256(about.encode()).hexdigest()[:12]
     for first in range(0, len(data), batch_size):
         positions = range(first, min(first + batch_size, len(data)))
         path = cache / f"latents-{key}" / f"{first:08d}.safetensors" if cache else None
@@ -161,8 +162,13 @@ def _encoder_key(model: Denoiser) -> str:
     return digest.hexdigest()
 
 
-def _encode_shard(  # type: ignore[no-untyped-def]
-    model: Denoiser, data: ImageDataset, positions, flips: bool, on_error: OnError, path: Path | None
+def _encode_shard(
+    model: Denoiser,
+    data: ImageDataset,
+    positions: range,
+    flips: bool,
+    on_error: OnError,
+    path: Path | None,
 ) -> tuple[list[int], dict[str, Tensor]]:
     if path is not None and path.is_file():
         try:
@@ -185,7 +191,8 @@ def _encode_shard(  # type: ignore[no-untyped-def]
         if flips:
             shard["flipped"] = model.encode_images([ImageOps.mirror(p) for p in pictures])
     else:
-        shard = {name: torch.empty(0) for name in (["latents", "flipped"] if flips else ["latents"])}
+        names = ["latents", "flipped"] if flips else ["latents"]
+        shard = {name: torch.empty(0) for name in names}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"kept": json.dumps(kept)}

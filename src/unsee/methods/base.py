@@ -16,6 +16,8 @@ from ..files import write_atomically
 from ..query import Query
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..data.dataset import ImageDataset
 
 
@@ -75,7 +77,7 @@ class Scores:
         ids = [self.ids[i] for i in positions]
         return Scores(ids, self.values[positions], self.method, self.settings, self.query)
 
-    def show(self, data: ImageDataset, path: str | Path | None = None):  # type: ignore[no-untyped-def]
+    def show(self, data: ImageDataset, path: str | Path | None = None) -> Image.Image:
         """Returns a contact sheet (a PIL image) of these examples; writes it if `path` is given."""
         from ..report import contact_sheet
 
@@ -85,7 +87,10 @@ class Scores:
         return sheet
 
     def save(self, path: str | Path) -> None:
-        """Writes ids, scores and ranks as Parquet, most influential first; settings in its metadata."""
+        """Writes ids, scores and ranks as Parquet, most influential first.
+
+        The method and its settings are in the file's metadata.
+        """
         order = self.order
         table = pa.table(
             {

@@ -183,4 +183,6 @@ def settings_key(settings: dict[str, object]) -> str:
     """Returns a short hash of JSON-able settings, for the name of a cache folder."""
     import hashlib
 
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
+        :12
+    ]

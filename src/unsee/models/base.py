@@ -156,4 +156,5 @@ def with_box(query: Query, box: tuple[int, int, int, int]) -> Query:
 
     h, w = query.latents.shape[-2:]
     mask = box_mask(box, query.image.size, (h, w))
-    return dataclasses.replace(query, mask=mask, box=box, id=f"{query.id}@{','.join(map(str, box))}")
+    name = f"{query.id}@{','.join(map(str, box))}"
+    return dataclasses.replace(query, mask=mask, box=box, id=name)

@@ -12,9 +12,7 @@ import torch
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 
-def load_pipeline(
-    source: str | Path, dtype: Dtype = "float32", device: str | None = None
-) -> Any:
+def load_pipeline(source: str | Path, dtype: Dtype = "float32", device: str | None = None) -> Any:
     """Loads a text-to-image pipeline from a folder or the hub.
 
     Args:
@@ -35,9 +33,7 @@ def load_pipeline(
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise ValueError(f"model {str(source)!r}: no such folder, and not a hub id like 'org/name'")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(source), torch_dtype=getattr(torch, dtype)
-        )
+        pipeline = DiffusionPipeline.from_pretrained(str(source), torch_dtype=getattr(torch, dtype))
     except Exception as error:  # from_pretrained raises whatever its parts raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"model {str(source)!r} does not load: {reason}") from error
@@ -80,4 +76,6 @@ def _check_parts(folder: Path) -> None:
         if name in ("unet", "vae", "text_encoder", "transformer") and not [
             *(folder / name).glob("*.safetensors"), *(folder / name).glob("*.bin")
         ]:  # fmt: skip
-            raise ValueError(f"model {str(folder)!r} lacks its part {name!r}: no weights in {name}/")
+            raise ValueError(
+                f"model {str(folder)!r} lacks its part {name!r}: no weights in {name}/"
+            )

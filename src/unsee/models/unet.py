@@ -45,7 +45,7 @@ class UNetDenoiser(Denoiser):
         scheduler: Any,
         parameters: str | Sequence[str] = "cross-attn-kv",
         pipeline: Any | None = None,
-    ):
+    ) -> None:
         self.network = unet.eval()
         self.pipeline = pipeline
         # The training schedule, not the sampler that the pipeline happens to carry.

@@ -71,7 +71,7 @@ class BatchOrder:
         seed: fixes the permutations.
     """
 
-    def __init__(self, keep: Tensor, batch_size: int, seed: int):
+    def __init__(self, keep: Tensor, batch_size: int, seed: int) -> None:
         if keep.numel() == 0:
             raise ValueError("the keep-mask leaves no example to train on")
         self.keep, self.batch_size, self.seed = keep, batch_size, seed
@@ -88,7 +88,8 @@ class BatchOrder:
         """Returns positions [batch_size] of the examples of `step`, counted from 0."""
         first = step * self.batch_size
         places = range(first, first + self.batch_size)
-        return torch.stack([self._permutation(p // len(self.keep))[p % len(self.keep)] for p in places])
+        size = len(self.keep)
+        return torch.stack([self._permutation(p // size)[p % size] for p in places])
 
 
 def train(
@@ -154,7 +155,9 @@ def train(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{smooth:.4f}")
         if step % 500 == 0 and bar.disable:
-            logger.info("%s: step %d of %d, loss %.4f", directory.name, step, optimization.steps, smooth)
+            logger.info(
+                "%s: step %d of %d, loss %.4f", directory.name, step, optimization.steps, smooth
+            )
         if time.monotonic() - saved > optimization.checkpoint_seconds or step == optimization.steps:
             _save(directory / CHECKPOINT, settings, step, trained, optimizer, schedule, ema)
             saved = time.monotonic()
@@ -163,7 +166,15 @@ def train(
     model.eval()
 
 
-def _save(path, settings, step, trained, optimizer, schedule, ema) -> None:  # type: ignore[no-untyped-def]
+def _save(
+    path: Path,
+    settings: dict[str, Any],
+    step: int,
+    trained: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    ema: EMAModel,
+) -> None:
     state = {
         "settings": settings,
         "step": step,
@@ -175,7 +186,14 @@ def _save(path, settings, step, trained, optimizer, schedule, ema) -> None:  # t
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def _resume(path, settings, trained, optimizer, schedule, ema) -> int:  # type: ignore[no-untyped-def]
+def _resume(
+    path: Path,
+    settings: dict[str, Any],
+    trained: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    ema: EMAModel,
+) -> int:
     if not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)

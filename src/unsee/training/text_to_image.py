@@ -125,9 +125,8 @@ def train_denoiser(
         rows = positions.tolist()
         latents = data.latents(rows)
         which = torch.rand(len(rows), generator=generator).tolist()
-        text = torch.cat(
-            [data.text([r], int(u * data.caption_counts[r])) for r, u in zip(rows, which, strict=True)]
-        )
+        captions = [int(u * data.caption_counts[r]) for r, u in zip(rows, which, strict=True)]
+        text = torch.cat([data.text([r], c) for r, c in zip(rows, captions, strict=True)])
         dropped = torch.rand(len(rows), generator=generator) < caption_dropout
         text = torch.where(dropped[:, None, None], null_text, text)
         # One timestep from each of B equal parts of the schedule: less noise in the loss.
@@ -136,7 +135,8 @@ def train_denoiser(
         noise = torch.randn(latents.shape, generator=generator)
         losses = denoiser.loss(latents, text, timesteps[:, None], noise[:, None])[:, 0]
         if snr_gamma is not None:
-            losses = losses * _min_snr_weight(snr, timesteps, snr_gamma, denoiser.prediction_type).to(losses)
+            weight = _min_snr_weight(snr, timesteps, snr_gamma, denoiser.prediction_type)
+            losses = losses * weight.to(losses)
         return losses.mean()
 
     settings = {
@@ -160,7 +160,12 @@ def _min_snr_weight(snr: Tensor, timesteps: Tensor, gamma: float, prediction: st
     """Min-SNR weight of the clean-latent error, expressed for the predicted quantity."""
     value = snr[timesteps]
     clipped = value.clamp(max=gamma)
-    return {"epsilon": clipped / value, "v_prediction": clipped / (value + 1), "sample": clipped}[prediction]
+    weights = {
+        "epsilon": clipped / value,
+        "v_prediction": clipped / (value + 1),
+        "sample": clipped,
+    }
+    return weights[prediction]
 
 
 def train_text_to_image(
