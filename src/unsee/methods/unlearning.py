@@ -82,7 +82,7 @@ def query_gradient(model: Denoiser, query: Query, draws: Draws, batch_size: int 
 
 @torch.no_grad()
 def query_loss(model: Denoiser, query: Query, draws: Draws, batch_size: int = 640) -> float:
-    """Returns the query's loss, averaged over its draws (and its mask's cells, where it has one)."""
+    """Returns the query's loss, averaged over its draws (and its mask's cells, if any)."""
     timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
     values = [
         model.loss(query.latents[None], query.text[None], t[None], e[None], query.mask).double()
@@ -224,8 +224,8 @@ class AbU:
             selected = {n: _checksum(p) for n, p in self.model.parameters.items()}
             new = None if weights is None else {n: _checksum(w) for n, w in weights.items()}
             key = settings_key(
-                {"data": self.data.fingerprint, "draws": dataclasses.asdict(self.draws), "rows": list(rows),
-                 "flips": self.flips, "weights": selected, "replaced": new}
+                {"data": self.data.fingerprint, "draws": dataclasses.asdict(self.draws),
+                 "rows": list(rows), "flips": self.flips, "weights": selected, "replaced": new}
             )  # fmt: skip
             cache = self.cache / f"losses-{key}"
         with self.model.replaced(weights or {}):

@@ -120,7 +120,7 @@ class Denoiser(ABC):
 
     @contextlib.contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Gives selected parameters other values inside a `with` block; restores every bit after."""
+        """Gives selected parameters other values in a `with` block; restores every bit after."""
         before = {name: self.parameters[name].detach().clone() for name in values}
         try:
             with torch.no_grad():
