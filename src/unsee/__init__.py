@@ -1,3 +1,69 @@
-"""unsee."""
+"""Which training images made this picture possible?
+
+Data attribution for text-to-image diffusion models, by unlearning the synthesized picture.
+Public names are imported when they are first used, so that `import unsee` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .curvature.diagonal import DiagonalFisher
+    from .data.dataset import Example, ImageDataset, load_dataset
+    from .data.latents import EncodedDataset, encode_dataset
+    from .draws import Draws
+    from .methods.base import Scores
+    from .methods.unlearning import AbU, Unlearned, fit_diagonal_fisher
+    from .models.base import Denoiser
+    from .query import Query
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AbU",
+    "Denoiser",
+    "DiagonalFisher",
+    "Draws",
+    "EncodedDataset",
+    "Example",
+    "ImageDataset",
+    "Query",
+    "Scores",
+    "Unlearned",
+    "__version__",
+    "encode_dataset",
+    "fit_diagonal_fisher",
+    "load_dataset",
+]
+
+_HOMES = {
+    "AbU": "methods.unlearning",
+    "Denoiser": "models.base",
+    "DiagonalFisher": "curvature.diagonal",
+    "Draws": "draws",
+    "EncodedDataset": "data.latents",
+    "Example": "data.dataset",
+    "ImageDataset": "data.dataset",
+    "Query": "query",
+    "Scores": "methods.base",
+    "Unlearned": "methods.unlearning",
+    "encode_dataset": "data.latents",
+    "fit_diagonal_fisher": "methods.unlearning",
+    "load_dataset": "data.dataset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, imported or not."""
+    return sorted({*globals(), *__all__})

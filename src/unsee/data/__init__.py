@@ -1,0 +1,1 @@
+"""Training examples: pictures with captions, and their latents."""

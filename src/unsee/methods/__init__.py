@@ -1,0 +1,1 @@
+"""Attribution methods: from a query to scores."""

@@ -1,0 +1,1 @@
+"""A small text-to-image and LoRA trainer."""
