@@ -79,7 +79,8 @@ class Draws:
             # numbers on every processor, which torch's vectorised Box-Muller does not promise.
             generator = np.random.Generator(np.random.Philox(key=key))
             place = float(generator.random()) if self.timesteps == "stratified" else 0.0
-            timesteps[d] = int((d + place) * self.num_train_timesteps / self.n)
+            timestep = int((d + place) * self.num_train_timesteps / self.n)
+            timesteps[d] = min(timestep, self.num_train_timesteps - 1)  # d + place may round up
             generator.standard_normal(dtype=np.float32, out=noise[d])
         tensor = torch.from_numpy(noise)
         return timesteps, tensor.flip(-1) if flipped else tensor

@@ -17,7 +17,7 @@ def select_parameters(
         presets: the architecture's own presets: name -> patterns.
 
     Raises:
-        ValueError: nothing matches a pattern.
+        ValueError: no pattern, or one that matches nothing.
     """
     names = list(names)
     named = isinstance(parameters, str)
