@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from unsee.selection import select_parameters
+
+NAMES = ["a.attn1.to_k.weight", "b.attn2.to_v.weight", "a.attn2.to_k.weight", "a.conv.bias"]
+PRESETS = {"kv": ("*attn2.to_k.weight", "*attn2.to_v.weight"), "all": ("*",)}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ("kv", ["b.attn2.to_v.weight", "a.attn2.to_k.weight"]),
+        ("all", NAMES),
+        ("a.*", ["a.attn1.to_k.weight", "a.attn2.to_k.weight", "a.conv.bias"]),
+        (["a.conv.*", "b*"], ["b.attn2.to_v.weight", "a.conv.bias"]),
+        (["*attn2*", "*to_k*"], NAMES[:3]),  # a name that matches twice comes once
+        ("a.conv.bias", ["a.conv.bias"]),
+    ],
+)
+def test_selection_keeps_the_order_of_the_model(parameters, expected):
+    assert select_parameters(NAMES, parameters, PRESETS) == expected
+
+
+def test_a_generator_of_names_will_do():
+    assert select_parameters((n for n in NAMES), "all", PRESETS) == NAMES
+
+
+@pytest.mark.parametrize("parameters", ["cross-attn", ["a.*", "c.*"], "A.conv.*"])
+def test_a_pattern_without_a_match_is_named(parameters):
+    culprit = parameters if isinstance(parameters, str) else parameters[1]
+    with pytest.raises(ValueError, match="matches none of the model's 4 parameters") as error:
+        select_parameters(NAMES, parameters, PRESETS)
+    assert repr(culprit) in str(error.value)
+    assert "kv, all" in str(error.value)
+
+
+@pytest.mark.parametrize("parameters", [[], ()])
+def test_an_empty_selection_is_refused(parameters):
+    with pytest.raises(ValueError, match="parameters"):
+        select_parameters(NAMES, parameters, PRESETS)
