@@ -22,6 +22,8 @@ def select_parameters(
     names = list(names)
     named = isinstance(parameters, str)
     patterns = presets.get(parameters, [parameters]) if named else parameters
+    if not patterns:
+        raise ValueError(f"parameters: no pattern is given; use one of {', '.join(presets)}")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
