@@ -14,14 +14,14 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from unsee.models.base import Denoiser
 
-WORDS = """
+VOCABULARY = """
     [PAD] [UNK] [CLS] [SEP] [MASK]
     a an and on of the with in at
     red green blue yellow orange purple white black grey
     square circle triangle star heart cat dog house tree sun moon
     small large smiling face sitting running
     ##s ##ing ##ed ##er , . ' - 0 1 2 3 4 5 6 7 8 9
-""".split()
+"""
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (240, 220, 40),
@@ -40,7 +40,8 @@ def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved StableDiffusionPipeline with random weights: 64x64 pictures, 8x8 latents."""
     folder = tmp_path_factory.mktemp("tiny-pipeline")
     vocabulary = folder / "words.txt"
-    vocabulary.write_text("\n".join(WORDS), encoding="utf-8")
+    words = VOCABULARY.split()
+    vocabulary.write_text("\n".join(words), encoding="utf-8")
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -65,7 +66,7 @@ def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     encoder = BertModel(
         BertConfig(
-            vocab_size=len(WORDS),
+            vocab_size=len(words),
             hidden_size=16,
             num_hidden_layers=2,
             num_attention_heads=2,

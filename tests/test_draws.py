@@ -78,7 +78,7 @@ def test_stratified_timesteps_take_one_from_each_part(n):
         timesteps, _ = Draws(n=n).of(identifier, (1,))
         for d, t in enumerate(timesteps.tolist()):
             assert int(d * 1000 / n) <= t <= (d + 1) * 1000 / n
-        assert 0 <= timesteps.min() and timesteps.max() <= 999
+        assert timesteps.min() >= 0 and timesteps.max() <= 999
 
 
 def test_stratified_timesteps_reach_the_whole_schedule():
