@@ -41,21 +41,31 @@ def squared_gradients(
 
     Returns:
         name -> sum over rows of (d loss_r / d parameter)**2, float64.
+
+    Raises:
+        ValueError: a module's input does not have R as first dimension.
     """
     modules = _linear_owners(network, parameters)
     with _recorded(modules) as tape:
         losses = loss()
-        others = {n: p for n, p in parameters.items() if n.rpartition(".")[0] not in modules}
-        sums: Gradients = {n: _looped_squares(losses, p) for n, p in others.items()}
-        outputs = [out for calls in tape.values() for _, out in calls]
-        gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
+    others = {n: p for n, p in parameters.items() if n.rpartition(".")[0] not in modules}
+    sums = _looped_squares(losses, others)
+    outputs = [output for calls in tape.values() for _, output in calls]
+    gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if outputs else ()
     at = iter(gradients)
     for path, calls in tape.items():
-        rows = [(x.detach(), g) for (x, _), g in zip(calls, at) if g is not None]  # noqa: B905
+        pairs = [(x.detach(), next(at)) for x, _ in calls]
+        for x, _ in pairs:
+            if len(x) != len(losses):
+                raise ValueError(
+                    f"squared gradients: {len(losses)} losses, but {path or 'the network'} was "
+                    f"called on {len(x)} rows: it must see one row for each loss"
+                )
+        used = [(x, g) for x, g in pairs if g is not None]
         for kind in ("weight", "bias"):
-            name = f"{path}.{kind}"
+            name = f"{path}.{kind}" if path else kind
             if name in parameters:
-                sums[name] = _linear_squares(rows, parameters[name], kind, chunk)
+                sums[name] = _linear_squares(used, parameters[name], kind, chunk)
     return {name: sums[name] for name in parameters}
 
 
@@ -110,10 +120,14 @@ def _linear_squares(
     return total
 
 
-def _looped_squares(losses: Tensor, parameter: nn.Parameter) -> Tensor:
-    total = torch.zeros_like(parameter, dtype=torch.float64)
-    for row in losses:
-        (gradient,) = torch.autograd.grad(row, [parameter], retain_graph=True, allow_unused=True)
-        if gradient is not None:
-            total += gradient.double().square()
-    return total
+def _looped_squares(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradients:
+    totals = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+    for row in losses if totals else ():
+        # The graph is kept: the next row goes through it again.
+        gradients = torch.autograd.grad(
+            row, list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        for total, gradient in zip(totals.values(), gradients, strict=True):
+            if gradient is not None:
+                total += gradient.double().square()
+    return totals
