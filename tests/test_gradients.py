@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.reference import gradients as reference
+from unsee.gradients import mean_gradient, squared_gradients
+
+ROWS = 5
+
+
+class Net(nn.Module):
+    """One of everything that a denoiser may hold; rows are independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 4)  # no token axis
+        self.tokens = nn.Linear(4, 6, bias=False)  # [R, tokens, features]
+        self.grid = nn.Linear(6, 4)  # [R, h, w, features]
+        self.twice = nn.Linear(4, 4)  # called twice
+        self.unused = nn.Linear(4, 4)
+        self.dropped = nn.Linear(4, 4)  # called, but nothing depends on it
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv2d(4, 2, 2)
+        self.scale = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        state = self.embed(x)[:, None] + y  # [R, 4 tokens, 4]
+        state = self.tokens(state.tanh())
+        state = self.grid(state.unflatten(1, (2, 2)))
+        state = self.twice(self.twice(state).sin())
+        self.dropped(state)
+        image = self.conv(self.norm(state).permute(0, 3, 1, 2)).flatten(1)  # [R, 2]
+        return (image * self.scale).square().mean(1)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+@pytest.fixture
+def loss(net: Net) -> Callable[[], Tensor]:
+    torch.manual_seed(1)
+    x, y = torch.randn(ROWS, 3).double(), torch.randn(ROWS, 4, 4).double()
+    return lambda: net(x, y)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-10):
+    """In float64, other summation orders of a few dozen terms differ by some 1e-15 relative."""
+    assert list(found) == list(expected)
+    for name in expected:
+        assert found[name].dtype == torch.float64 and found[name].shape == expected[name].shape
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 16])
+def test_all_parameters_at_once(net, loss, chunk):
+    parameters = dict(net.named_parameters())
+    found = squared_gradients(net, parameters, loss, chunk=chunk)
+    assert_equal(found, reference.squared_gradients(loss, parameters))
+    assert not found["unused.weight"].any() and not found["dropped.bias"].any()
+    assert found["conv.weight"].all() and found["twice.bias"].all()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["embed.weight"],
+        ["embed.bias"],
+        ["tokens.weight"],
+        ["grid.weight", "grid.bias"],
+        ["twice.weight", "twice.bias"],
+        ["conv.weight", "conv.bias"],  # no Linear at all
+        ["scale"],  # a parameter of the network itself
+        ["unused.weight"],
+        ["scale", "twice.weight", "norm.weight", "embed.bias"],  # the order is kept
+    ],
+)
+def test_any_selection(net, loss, names):
+    parameters = {name: net.get_parameter(name) for name in names}
+    found = squared_gradients(net, parameters, loss)
+    assert_equal(found, reference.squared_gradients(loss, parameters))
+
+
+def test_only_the_selected_parameters_need_gradients(net, loss):
+    net.requires_grad_(False)
+    net.twice.weight.requires_grad_(True)
+    parameters = {"twice.weight": net.twice.weight}
+    found = squared_gradients(net, parameters, loss)
+    assert_equal(found, reference.squared_gradients(loss, parameters))
+
+
+def test_the_square_of_a_row_is_not_the_square_of_the_sum(net, loss):
+    parameters = {"tokens.weight": net.tokens.weight}
+    per_row = reference.row_gradients(loss, parameters)["tokens.weight"]
+    found = squared_gradients(net, parameters, loss)["tokens.weight"]
+    assert not torch.allclose(found, per_row.sum(0).square())
+
+
+def test_float32_is_squared_and_summed_in_float64():
+    """Squares of 1e-25 underflow in float32."""
+    net = nn.Linear(2, 1, bias=False)
+    x = torch.full((3, 2), 1e-25)
+    found = squared_gradients(net, {"weight": net.weight}, lambda: net(x)[:, 0])
+    expected = torch.full((1, 2), 3e-50, dtype=torch.float64)
+    # 1e-25 itself is rounded to 7 digits in float32
+    torch.testing.assert_close(found["weight"], expected, atol=0, rtol=1e-6)
+
+
+def test_no_trace_is_left(net, loss):
+    before = loss().detach()
+    squared_gradients(net, dict(net.named_parameters()), loss)
+    assert all(not m._forward_hooks and not m._backward_hooks for m in net.modules())
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.equal(loss().detach(), before)
+
+
+def test_hooks_are_removed_when_the_loss_fails(net):
+    def broken() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        squared_gradients(net, dict(net.named_parameters()), broken)
+    assert all(not m._forward_hooks for m in net.modules())
+
+
+def test_a_module_that_does_not_see_rows_is_refused():
+    """Its rows would be squared after having been added up: a wrong number without a word."""
+    net = nn.Linear(2, 1)
+    x = torch.randn(6, 2)
+    with pytest.raises(ValueError, match="3 losses, but .* 6 rows"):
+        squared_gradients(
+            net, {"weight": net.weight}, lambda: net(x).unflatten(0, (3, 2)).sum((1, 2))
+        )
+
+
+def test_mean_gradient(net, loss):
+    parameters = dict(net.named_parameters())
+    found = mean_gradient(loss(), parameters)
+    expected = {n: g.mean(0) for n, g in reference.row_gradients(loss, parameters).items()}
+    assert_equal(found, expected)
+    assert all(p.grad is None for p in net.parameters())
