@@ -86,14 +86,19 @@ class DiagonalFisher:
                 published code returns infinities.
 
         Raises:
-            ValueError: damping is negative, or a gradient has no Fisher.
+            ValueError: damping is negative, or a gradient has no Fisher of its shape.
         """
-        if damping < 0:
+        if not damping >= 0:
             raise ValueError(f"damping = {damping} must not be negative")
         steps: Gradients = {}
         for name, gradient in gradients.items():
             if name not in self.values:
                 raise ValueError(f"Fisher: fitted without {name}; fit it for the same selection")
+            if self.values[name].shape != gradient.shape:
+                raise ValueError(
+                    f"Fisher: {name} is {tuple(self.values[name].shape)} in the Fisher but "
+                    f"{tuple(gradient.shape)} in the model; fit it for this model"
+                )
             fisher = self.values[name].to(gradient)
             damped = fisher + damping * fisher.mean()
             steps[name] = torch.where(damped > 0, gradient / damped, torch.zeros_like(gradient))
@@ -117,6 +122,11 @@ class DiagonalFisher:
             with safe_open(str(path), framework="pt") as file:
                 about = json.loads((file.metadata() or {})["unsee"])
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"Fisher file {path}: cannot be read ({error!r})") from None
-        return cls(values, about["count"], about["settings"])
+            return cls(values, about["count"], about["settings"])
+        except FileNotFoundError:
+            raise ValueError(f"Fisher file {str(path)!r}: no such file") from None
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"Fisher file {str(path)!r} is damaged or of another kind ({error!r}): "
+                "delete it and fit again"
+            ) from None
