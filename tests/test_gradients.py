@@ -133,7 +133,7 @@ def test_a_module_that_does_not_see_rows_is_refused():
     """Its rows would be squared after having been added up: a wrong number without a word."""
     net = nn.Linear(2, 1)
     x = torch.randn(6, 2)
-    with pytest.raises(ValueError, match="3 losses, but .* 6 rows"):
+    with pytest.raises(ValueError, match=r"3 losses, but .* 6 rows"):
         squared_gradients(
             net, {"weight": net.weight}, lambda: net(x).unflatten(0, (3, 2)).sum((1, 2))
         )
