@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.dataset import ImageDataset
-from .loop import BatchOrder, Optimization, train
+from .loop import BatchOrder, Optimization, seeded_weights, train
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderKL:
 
 
 def train_autoencoder(
-    pixels: Tensor, recipe: AutoencoderRecipe, optimization: Optimization, directory: Path
+    pixels: Tensor,
+    recipe: AutoencoderRecipe,
+    optimization: Optimization,
+    directory: Path,
+    *,
+    device: str | torch.device = "cpu",
 ) -> AutoencoderKL:
     """Trains an autoencoder on `pixels` and returns it in eval mode.
 
@@ -72,41 +78,54 @@ def train_autoencoder(
     Stable Diffusion know no shift.
 
     Args:
-        pixels: [N, 3, H, W] float32 in [-1, 1].
+        pixels: [N, 3, H, W] float32 in [-1, 1], on the CPU.
         recipe: architecture and loss.
         optimization: optimiser, seed, checkpoints.
         directory: for the checkpoint.
+        device: where to train; batches and noise are made on the CPU, the same for every device.
+
+    Raises:
+        ValueError: the checkpoint belongs to other settings or pixels, or the loss is not finite.
     """
-    torch.manual_seed(optimization.seed)
-    model = build_autoencoder(recipe)
+    with seeded_weights(optimization.seed):
+        model = build_autoencoder(recipe)
+    model.to(device)  # type: ignore[arg-type]
 
     def loss_of(positions: Tensor, generator: torch.Generator) -> Tensor:
-        target = pixels[positions]
+        target = pixels[positions].to(device)
         posterior = model.encode(target).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = model.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return (decoded - target).square().mean() + recipe.kl_weight * kl
 
+    settings = {**dataclasses.asdict(recipe), "pixels": _fingerprint(pixels)}
     order = BatchOrder(torch.arange(len(pixels)), optimization.batch_size, optimization.seed)
-    train(model, loss_of, order, optimization, directory, dataclasses.asdict(recipe))
+    train(model, loss_of, order, optimization, directory, settings)
     latents = encode(model, pixels)
     model.register_to_config(scaling_factor=float(1 / latents.std()))
     return model
 
 
+def _fingerprint(pixels: Tensor) -> str:
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
 @torch.no_grad()
 def encode(model: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Returns the unscaled posterior modes [N, C, h, w] of `pixels`."""
-    return torch.cat([model.encode(b).latent_dist.mode() for b in pixels.split(batch_size)])
+    """Returns the unscaled posterior modes [N, C, h, w] of `pixels`, on the CPU."""
+    return torch.cat(
+        [model.encode(b.to(model.device)).latent_dist.mode().cpu() for b in pixels.split(batch_size)]
+    )
 
 
 @torch.no_grad()
 def psnr(model: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Returns the peak signal-to-noise ratio of each reconstruction, [N] in dB."""
+    """Returns the peak signal-to-noise ratio of each reconstruction, [N] in dB, on the CPU."""
     values = []
     for batch in pixels.split(batch_size):
-        decoded = model.decode(model.encode(batch).latent_dist.mode()).sample.clamp(-1, 1)
-        error = ((decoded - batch) / 2).square().mean(dim=(1, 2, 3))
-        values.append(-10 * torch.log10(error))
+        target = batch.to(model.device)
+        decoded = model.decode(model.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
+        error = ((decoded - target) / 2).square().mean(dim=(1, 2, 3))
+        values.append(-10 * torch.log10(error).cpu())
     return torch.cat(values)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class Optimization:
         final_fraction: learning rate at the last step, as a fraction of the peak.
         weight_decay: AdamW's decoupled weight decay.
         clip_norm: gradients are scaled down to this global norm.
-        ema_decay: decay of the exponential moving average of the weights, which is what is kept.
+        ema_decay: decay of the exponential moving average of the weights, which is what is kept;
+            after s steps it is at most (1 + s) / (10 + s), so that a short run forgets its start.
         seed: fixes initial weights, batches, timesteps and noise.
         checkpoint_seconds: longest time between two checkpoints.
     """
@@ -53,6 +55,18 @@ class Optimization:
     seed: int = 0
     checkpoint_seconds: float = 240.0
 
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch_size < 1 or self.warmup < 0:
+            raise ValueError(
+                f"optimization: steps = {self.steps} and warmup = {self.warmup} must not be "
+                f"negative, batch_size = {self.batch_size} must be at least 1"
+            )
+        if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"optimization: learning_rate = {self.learning_rate} must be positive and "
+                f"ema_decay = {self.ema_decay} in [0, 1)"
+            )
+
     def learning_rate_factor(self, step: int) -> float:
         """Returns the fraction of the peak learning rate used at `step` (counted from 0)."""
         if step < self.warmup:
@@ -66,12 +80,15 @@ class BatchOrder:
     """Which examples a step sees: a fresh permutation every epoch, from the seed and epoch alone.
 
     Args:
-        keep: positions of the examples to train on.
+        keep: [n] int64, positions of the examples to train on.
         batch_size: examples a step.
         seed: fixes the permutations.
+
+    Raises:
+        ValueError: there is no example to train on.
     """
 
-    def __init__(self, keep: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(self, keep: Tensor, batch_size: int, seed: int):
         if keep.numel() == 0:
             raise ValueError("the keep-mask leaves no example to train on")
         self.keep, self.batch_size, self.seed = keep, batch_size, seed
@@ -86,10 +103,22 @@ class BatchOrder:
 
     def batch(self, step: int) -> Tensor:
         """Returns positions [batch_size] of the examples of `step`, counted from 0."""
-        first = step * self.batch_size
-        places = range(first, first + self.batch_size)
-        size = len(self.keep)
-        return torch.stack([self._permutation(p // size)[p % size] for p in places])
+        place, end = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while place < end:
+            epoch, first = divmod(place, len(self.keep))
+            parts.append(self._permutation(epoch)[first : first + end - place])
+            place += len(parts[-1])
+        return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """Lets initial weights depend on `seed` alone; the caller's random state is as before after."""
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator only: networks are made there, and moved after.
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def train(
@@ -104,11 +133,15 @@ def train(
     """Trains `model` in place and leaves it with the averaged weights, in eval mode.
 
     Everything random in step s comes from a generator seeded with (seed, s), so a run that was
-    killed and resumed ends with the weights of one that was not, on the same machine.
+    killed and resumed ends with the weights of one that was not, bit for bit, on the same machine
+    with the same number of threads. Another number of threads adds up in another order, and may
+    differ from the last bits on; so may a GPU, whose fast kernels are not all deterministic.
+    A run that is finished is not repeated: it is read from its checkpoint.
 
     Args:
         model: the network.
-        loss_of: (positions [B] int64, generator on the CPU) -> scalar loss.
+        loss_of: (positions [B] int64, generator on the CPU) -> scalar loss; must draw from that
+            generator only.
         order: which examples each step sees.
         optimization: the settings.
         directory: where `checkpoint.pt` is kept.
@@ -117,98 +150,147 @@ def train(
         parameters: what is trained; by default all parameters that require gradients.
 
     Raises:
-        ValueError: the checkpoint belongs to other settings, or the loss is not finite.
+        ValueError: the checkpoint is damaged or belongs to other settings, the loss or its
+            gradient is not finite, or there is nothing to train in float32.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    trained = parameters or [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=optimization.learning_rate, weight_decay=optimization.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, optimization.learning_rate_factor)
-    ema = EMAModel(trained, decay=optimization.ema_decay)
+    if parameters is None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    run = _Run(parameters, optimization)
     settings = {**description, **dataclasses.asdict(optimization)}
     settings.pop("checkpoint_seconds")
-    step = _resume(directory / CHECKPOINT, settings, trained, optimizer, schedule, ema)
+    checkpoint = directory / CHECKPOINT
+    run.resume(checkpoint, settings)
 
     model.train()
-    bar = tqdm(total=optimization.steps, initial=step, desc=directory.name, unit="step",
-               disable=None, file=sys.stderr)  # fmt: skip
+    smooth: float | None = None
     saved = time.monotonic()
-    smooth = None
-    while step < optimization.steps:
-        generator = torch.Generator().manual_seed(stable_seed(optimization.seed, "step", step))
-        loss = loss_of(order.batch(step), generator)
-        if not torch.isfinite(loss):
+    bar = tqdm(total=optimization.steps, initial=run.step, desc=directory.name, unit="step",
+               disable=None, file=sys.stderr)  # fmt: skip
+    try:
+        while run.step < optimization.steps:
+            seed = stable_seed(optimization.seed, "step", run.step)
+            loss = loss_of(order.batch(run.step), torch.Generator().manual_seed(seed))
+            value = run.update(loss, where=directory)
+            smooth = value if smooth is None else 0.99 * smooth + 0.01 * value
+            bar.update()
+            if run.step % 20 == 0:
+                bar.set_postfix(loss=f"{smooth:.4f}")
+            if run.step % 500 == 0 and bar.disable:
+                logger.info(
+                    "%s: step %d of %d, loss %.4f",
+                    directory.name, run.step, optimization.steps, smooth,
+                )  # fmt: skip
+            due = time.monotonic() - saved > optimization.checkpoint_seconds
+            if due or run.step == optimization.steps:
+                run.save(checkpoint, settings)
+                saved = time.monotonic()
+        run.ema.copy_to(run.trained)
+    finally:
+        bar.close()
+        model.eval()
+
+
+class _Run:
+    """What changes from step to step, and its checkpoint."""
+
+    def __init__(self, trained: list[nn.Parameter], optimization: Optimization):
+        if not trained:
+            raise ValueError("there is no parameter to train: none requires gradients")
+        narrow = next((p.dtype for p in trained if p.dtype in (torch.float16, torch.bfloat16)), None)
+        if narrow is not None:
             raise ValueError(
-                f"training loss is {loss.item()} at step {step} of {directory}: lower the learning "
-                f"rate (now {optimization.learning_rate}) or look for broken pictures in the data"
+                f"the parameters to train are {narrow}, where small updates vanish: load the "
+                "model in float32 to train it"
             )
-        optimizer.zero_grad(set_to_none=True)
+        self.optimization, self.trained, self.step = optimization, trained, 0
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=optimization.learning_rate, weight_decay=optimization.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, optimization.learning_rate_factor
+        )
+        self.ema = EMAModel(trained, decay=optimization.ema_decay)
+
+    def update(self, loss: Tensor, where: Path) -> float:
+        """Takes one step and returns the loss; takes none if it would make weights not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, optimization.clip_norm)
-        optimizer.step()
-        schedule.step()
-        ema.step(trained)
-        step += 1
-        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
-        bar.update()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{smooth:.4f}")
-        if step % 500 == 0 and bar.disable:
-            logger.info(
-                "%s: step %d of %d, loss %.4f", directory.name, step, optimization.steps, smooth
-            )
-        if time.monotonic() - saved > optimization.checkpoint_seconds or step == optimization.steps:
-            _save(directory / CHECKPOINT, settings, step, trained, optimizer, schedule, ema)
-            saved = time.monotonic()
-    bar.close()
-    ema.copy_to(trained)
-    model.eval()
-
-
-def _save(
-    path: Path,
-    settings: dict[str, Any],
-    step: int,
-    trained: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    ema: EMAModel,
-) -> None:
-    state = {
-        "settings": settings,
-        "step": step,
-        "parameters": [p.detach() for p in trained],
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "ema": ema.state_dict(),
-    }
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def _resume(
-    path: Path,
-    settings: dict[str, Any],
-    trained: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    ema: EMAModel,
-) -> int:
-    if not path.is_file():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name in sorted(set(settings) | set(state["settings"])):
-        ours, theirs = settings.get(name), state["settings"].get(name)
-        if ours != theirs:
+        norm = nn.utils.clip_grad_norm_(self.trained, self.optimization.clip_norm)
+        value, length = loss.item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(length)):
             raise ValueError(
-                f"{path} was made with {name} = {theirs!r}, this run has {name} = {ours!r}: "
-                "use the same settings to resume, or another directory to start anew"
+                f"training loss is {value}, its gradient's norm {length}, at step {self.step} of "
+                f"{where}: lower the learning rate (now {self.optimization.learning_rate}) or look "
+                "for broken pictures in the data"
             )
-    with torch.no_grad():
-        for parameter, value in zip(trained, state["parameters"], strict=True):
-            parameter.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    ema.load_state_dict(state["ema"])
-    ema.to(device=trained[0].device)
-    return state["step"]
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.step(self.trained)
+        self.step += 1
+        return value
+
+    def save(self, path: Path, settings: dict[str, Any]) -> None:
+        state = {
+            "settings": settings,
+            "step": self.step,
+            "parameters": [p.detach() for p in self.trained],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": self.ema.state_dict(),
+        }
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+    def resume(self, path: Path, settings: dict[str, Any]) -> None:
+        """Continues from a checkpoint, where there is one."""
+        if not path.is_file():
+            return
+        state = _load(path)
+        _compare(path, state["settings"], settings)
+        with torch.no_grad():
+            for parameter, value in zip(self.trained, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(device=self.trained[0].device)
+        self.step = state["step"]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"settings", "step", "parameters", "optimizer", "schedule", "ema"} - set(state)
+    except Exception as error:  # a damaged file raises whatever its reader stumbles on
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {path} cannot be read, it may be cut short ({reason}): put a whole copy "
+            "in its place, or delete it to start anew"
+        ) from error
+    if missing:
+        raise ValueError(f"checkpoint {path} has no {min(missing)!r}: it is not one of this loop")
+    return state
+
+
+def _compare(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    differ = []
+    for name in sorted(set(ours) | set(theirs)):
+        if name not in theirs and ours[name] is not None:
+            # Made by a version that did not record it yet: it cannot be known to differ.
+            logger.warning("%s does not say %s: taken as %r", path, name, ours[name])
+        elif _plain(ours.get(name)) != _plain(theirs.get(name)):
+            differ.append((name, theirs.get(name), ours.get(name)))
+    if differ:
+        made = ", ".join(f"{name} = {value!r}" for name, value, _ in differ)
+        has = ", ".join(f"{name} = {value!r}" for name, _, value in differ)
+        raise ValueError(
+            f"{path} was made with {made}; this run has {has}: use the same settings to resume, "
+            "or another directory to start anew"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Returns `value` with tuples as lists: settings read from JSON equal those made in Python."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Trains the denoiser of a small Stable Diffusion pipeline, or a LoRA on one."""
+"""Trains the denoiser of a Stable Diffusion pipeline: a small one from scratch, or part of one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..data.latents import EncodedDataset
+from ..data.latents import EncodedExamples
 from ..draws import stable_seed
 from ..models.unet import UNetDenoiser
-from .loop import BatchOrder, Optimization, train
+from .loop import BatchOrder, Optimization, seeded_weights, train
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def build_scheduler(recipe: UNetRecipe) -> DDIMScheduler:
     )
 
 
-def keep_rows(data: EncodedDataset, leave_out: Sequence[str] = ()) -> Tensor:
+def keep_rows(data: EncodedExamples, leave_out: Sequence[str] = ()) -> Tensor:
     """Returns the rows that are trained on, [n] int64, after leaving out some ids.
 
     Raises:
@@ -87,7 +87,7 @@ def keep_rows(data: EncodedDataset, leave_out: Sequence[str] = ()) -> Tensor:
 
 def train_denoiser(
     denoiser: UNetDenoiser,
-    data: EncodedDataset,
+    data: EncodedExamples,
     null_text: Tensor,
     keep: Tensor,
     optimization: Optimization,
@@ -104,7 +104,7 @@ def train_denoiser(
         denoiser: the model; trained on its device.
         data: latents and text states.
         null_text: [T, D], text state of the empty prompt.
-        keep: rows to train on.
+        keep: rows to train on; no other row is looked at.
         optimization: optimiser, seed, checkpoints.
         directory: for the checkpoint.
         caption_dropout: share of examples whose caption becomes the empty prompt, which is what
@@ -114,29 +114,32 @@ def train_denoiser(
         description: what else fixes the run, kept with the checkpoint.
 
     Raises:
-        ValueError: the checkpoint belongs to other settings, or the loss is not finite.
+        ValueError: a setting is out of range, `null_text` has another shape than the captions,
+            the checkpoint belongs to other settings, or the loss is not finite.
     """
     if not 0 <= caption_dropout < 1:
         raise ValueError(f"caption_dropout = {caption_dropout} must be in [0, 1)")
-    total = denoiser.num_train_timesteps
-    snr = _signal_to_noise(denoiser)
+    if snr_gamma is not None and not snr_gamma > 0:
+        raise ValueError(f"snr_gamma = {snr_gamma} must be positive, or None to weight all alike")
+    shape = data.text([int(keep[0])], 0).shape[1:] if len(keep) else null_text.shape
+    if null_text.shape != shape:
+        raise ValueError(
+            f"the empty prompt's text state is {tuple(null_text.shape)}, the captions' are "
+            f"{tuple(shape)}: encode both with the same text encoder"
+        )
+    alphas = denoiser.schedule.alphas_cumprod.double()
+    snr = alphas / (1 - alphas)
 
     def loss_of(positions: Tensor, generator: torch.Generator) -> Tensor:
-        rows = positions.tolist()
-        latents = data.latents(rows)
-        which = torch.rand(len(rows), generator=generator).tolist()
-        captions = [int(u * data.caption_counts[r]) for r, u in zip(rows, which, strict=True)]
-        text = torch.cat([data.text([r], c) for r, c in zip(rows, captions, strict=True)])
-        dropped = torch.rand(len(rows), generator=generator) < caption_dropout
-        text = torch.where(dropped[:, None, None], null_text, text)
-        # One timestep from each of B equal parts of the schedule: less noise in the loss.
-        place = torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)
-        timesteps = (place * total / len(rows)).long().clamp_(max=total - 1)
+        latents, text, timesteps = draw_batch(
+            data, null_text, positions.tolist(), denoiser.num_train_timesteps,
+            caption_dropout, generator,
+        )  # fmt: skip
         noise = torch.randn(latents.shape, generator=generator)
         losses = denoiser.loss(latents, text, timesteps[:, None], noise[:, None])[:, 0]
         if snr_gamma is not None:
-            weight = _min_snr_weight(snr, timesteps, snr_gamma, denoiser.prediction_type)
-            losses = losses * weight.to(losses)
+            weights = min_snr_weight(snr[timesteps], snr_gamma, denoiser.prediction_type)
+            losses = losses * weights.to(losses)
         return losses.mean()
 
     settings = {
@@ -151,32 +154,67 @@ def train_denoiser(
     train(denoiser.network, loss_of, order, optimization, directory, settings, parameters)
 
 
-def _signal_to_noise(denoiser: UNetDenoiser) -> Tensor:
-    alphas = denoiser.schedule.alphas_cumprod.double()
-    return alphas / (1 - alphas)
+def draw_batch(
+    data: EncodedExamples,
+    null_text: Tensor,
+    rows: Sequence[int],
+    num_train_timesteps: int,
+    caption_dropout: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collects a training batch: of each example one caption or none, and one timestep.
+
+    Args:
+        data: latents and text states.
+        null_text: [T, D], text state of the empty prompt.
+        rows: B examples.
+        num_train_timesteps: length of the training schedule.
+        caption_dropout: probability that a caption becomes the empty prompt.
+        generator: on the CPU.
+
+    Returns:
+        latents [B, C, h, w], text [B, T, D] and timesteps [B] int64, one from each of B equal
+        parts of the schedule: less noise in the loss than with independent ones.
+    """
+    latents = data.latents(rows)
+    which = torch.rand(len(rows), generator=generator).tolist()
+    text = torch.cat(
+        [data.text([r], int(u * data.caption_counts[r])) for r, u in zip(rows, which, strict=True)]
+    )
+    dropped = torch.rand(len(rows), generator=generator) < caption_dropout
+    text = torch.where(dropped[:, None, None], null_text, text)
+    place = torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)
+    timesteps = (place * num_train_timesteps / len(rows)).long()
+    return latents, text, timesteps.clamp_(max=num_train_timesteps - 1)
 
 
-def _min_snr_weight(snr: Tensor, timesteps: Tensor, gamma: float, prediction: str) -> Tensor:
-    """Min-SNR weight of the clean-latent error, expressed for the predicted quantity."""
-    value = snr[timesteps]
-    clipped = value.clamp(max=gamma)
-    weights = {
-        "epsilon": clipped / value,
-        "v_prediction": clipped / (value + 1),
-        "sample": clipped,
-    }
-    return weights[prediction]
+def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Returns Min-SNR weights: min(SNR, gamma) for the squared error of the clean latent.
+
+    Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023.
+
+    Args:
+        snr: signal-to-noise ratios alpha_bar / (1 - alpha_bar).
+        gamma: where the weight is cut.
+        prediction_type: what the squared error that will be weighted is of; the error of the
+            clean latent is 1 / SNR times that of epsilon, and 1 / (SNR + 1) times that of v.
+    """
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    clipped = snr.clamp(max=gamma)
+    return clipped / (snr + 1) if prediction_type == "v_prediction" else clipped
 
 
 def train_text_to_image(
     recipe: UNetRecipe,
-    data: EncodedDataset,
+    data: EncodedExamples,
     null_text: Tensor,
     optimization: Optimization,
     directory: Path,
     *,
     leave_out: Sequence[str] = (),
     caption_dropout: float = 0.1,
+    device: str | torch.device = "cpu",
 ) -> UNetDenoiser:
     """Trains a UNet from scratch and returns it with its scheduler.
 
@@ -188,13 +226,22 @@ def train_text_to_image(
         directory: for the checkpoint.
         leave_out: ids of examples that are not trained on.
         caption_dropout: see `train_denoiser`.
+        device: where to train; batches and noise are made on the CPU, the same for every device.
+
+    Returns:
+        A bare denoiser on `device` with all parameters selected; `assemble_pipeline` makes a
+        pipeline of its `network`, with `build_scheduler(recipe)`.
+
+    Raises:
+        ValueError: see `train_denoiser` and `keep_rows`.
     """
-    torch.manual_seed(optimization.seed)
+    keep = keep_rows(data, leave_out)
     example = data.latents([0])[0]
-    unet = build_unet(recipe, example.shape[0], example.shape[-1], null_text.shape[-1])
-    denoiser = UNetDenoiser(unet, build_scheduler(recipe), "all")
+    with seeded_weights(optimization.seed):
+        unet = build_unet(recipe, example.shape[0], example.shape[-1], null_text.shape[-1])
+    denoiser = UNetDenoiser(unet.to(device), build_scheduler(recipe), "all")
     train_denoiser(
-        denoiser, data, null_text, keep_rows(data, leave_out), optimization, directory,
+        denoiser, data, null_text, keep, optimization, directory,
         caption_dropout=caption_dropout, snr_gamma=recipe.snr_gamma,
         description=dataclasses.asdict(recipe),
     )  # fmt: skip
