@@ -190,6 +190,9 @@ def test_wrapped_lines_fit_and_what_is_cut_ends_in_an_ellipsis():
     assert all(font.getlength(line) <= 150 for line in lines)
     assert lines[-1].endswith("…")
     assert " ".join(sheets.wrap(text, font, 250, most=2)) == text
+    assert sheets.wrap("são tomé & príncipe flag", font, 250, most=1) == [
+        "sao tome & principe flag"
+    ]
 
 
 def test_a_sheet_shows_its_pictures():

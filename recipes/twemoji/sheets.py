@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, CARD, EDGE = (244, 245, 247), (255, 255, 255), (222, 225, 230)
 INK, FAINT = (31, 35, 40), (116, 124, 134)
-TILE, PAD, GAP, MARGIN = 128, 12, 14, 28
+TILE, PAD, GAP, MARGIN, OPTION = 128, 12, 14, 28, 270
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def card_sheet(cards: Sequence[Card], columns: int, title: str, subtitle: str) -
     """Returns a sheet of cards in rows: pictures above, caption and note below."""
     pictures = len(cards[0].pictures)
     width = pictures * TILE + (pictures + 1) * PAD
-    height = TILE + 2 * PAD + 62
+    height = TILE + 2 * PAD + 66
     sheet, draw, top = _paper(columns, -(-len(cards) // columns), width, height, title, subtitle)
     for place, card in enumerate(cards):
         x = MARGIN + place % columns * (width + GAP)
@@ -60,7 +61,7 @@ def question_cards(
     pictures: Sequence[Image.Image], options: Sequence[Sequence[str]], title: str, subtitle: str
 ) -> Image.Image:
     """Returns a sheet of numbered pictures, each with lettered captions beside it."""
-    columns, width, height = 3, TILE + 3 * PAD + 300, TILE + 2 * PAD
+    columns, width, height = 4, TILE + 3 * PAD + OPTION, TILE + 2 * PAD
     sheet, draw, top = _paper(columns, -(-len(pictures) // columns), width, height, title, subtitle)
     for place, (picture, captions) in enumerate(zip(pictures, options, strict=True)):
         x = MARGIN + place % columns * (width + GAP)
@@ -72,7 +73,7 @@ def question_cards(
         for i, caption in enumerate(captions):
             line_y = y + PAD + 26 + i * 21
             draw.text((left, line_y), "ABCDE"[i], FAINT, _font(15))
-            line = wrap(caption, _font(15), 300 - 22, most=1)[0]
+            line = wrap(caption, _font(15), OPTION - 22, most=1)[0]
             draw.text((left + 22, line_y), line, INK, _font(15))
     return sheet
 
@@ -80,7 +81,9 @@ def question_cards(
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """Breaks a text into at most `most` lines of `width` pixels; an ellipsis marks what is cut."""
     lines = [""]
-    words = text.split()
+    # Pillow's own font has no accented letters.
+    letters = unicodedata.normalize("NFKD", text)
+    words = "".join(c for c in letters if not unicodedata.combining(c)).split()
     for i, word in enumerate(words):
         longer = f"{lines[-1]} {word}".strip()
         if not lines[-1] or font.getlength(longer) <= width:
