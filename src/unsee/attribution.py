@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -16,11 +16,12 @@ from .curvature.diagonal import DiagonalFisher
 from .data.dataset import ImageDataset, OnError
 from .data.latents import EncodedDataset, encode_dataset
 from .draws import Draws
+from .methods.base import Scores
 from .methods.forward import settings_key
 from .methods.unlearning import AbU, fit_diagonal_fisher
 from .models.base import Denoiser
-
-logger = logging.getLogger(__name__)
+from .query import Query
+from .report import write_report
 
 FISHER_SEED = -1
 """Not a seed that scores use: the Fisher's draws are independent of theirs."""
@@ -136,3 +137,40 @@ def attributor(
         query_draws=Draws(seed + 1, query_draws, num_train_timesteps=length),
         cache=prepared.work,
     )  # fmt: skip
+
+
+def attribute_to_files(
+    model: Denoiser,
+    data: ImageDataset,
+    query: Query,
+    out: Path,
+    *,
+    work: Path | None = None,
+    top: int = 10,
+    on_error: OnError = "raise",
+    flips: bool = False,
+    **settings: Any,
+) -> tuple[Scores, dict[str, Path]]:
+    """Attributes one picture and writes scores, contact sheet and page.
+
+    Args:
+        model: the denoiser.
+        data: its training set.
+        query: the picture.
+        out: folder of the results.
+        work: folder of intermediate results, `out/work` by default; runs on the same model and
+            data may share it.
+        top: how many examples to show.
+        on_error: what to do with training pictures that cannot be read.
+        flips: also scores mirrored pictures.
+        settings: see `attributor`.
+
+    Returns:
+        All scores, and the paths of what was written.
+    """
+    prepared = prepare(model, data, work or out / "work", flips=flips, on_error=on_error)
+    scores = attributor(prepared, flips=flips, **settings).attribute(query)
+    seconds = {**prepared.seconds, **scores.settings["seconds"]}
+    floor = scores.settings["noise_floor"]
+    paths = write_report(scores, data, out, top=top, timings=seconds, floor=floor)
+    return scores, paths

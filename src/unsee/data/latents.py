@@ -32,7 +32,11 @@ class EncodedExamples(Protocol):
     ids: list[str]
     caption_counts: list[int]
     has_flips: bool
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of ids, latents and text states."""
+        ...
 
     def latents(self, rows: Sequence[int], flipped: bool = False) -> Tensor:
         """Returns scaled latents [B, C, h, w] float32."""
@@ -187,9 +191,10 @@ def _encode_shard(
                 raise ValueError(f"{error}; remove it, or skip it with on_error='skip'") from None
             logger.warning("skipped: %s", error)
     if kept:
-        shard = {"latents": model.encode_images(pictures)}
+        shard = {"latents": model.encode_images(pictures).contiguous()}
         if flips:
-            shard["flipped"] = model.encode_images([ImageOps.mirror(p) for p in pictures])
+            mirrored = [ImageOps.mirror(p) for p in pictures]
+            shard["flipped"] = model.encode_images(mirrored).contiguous()
     else:
         names = ["latents", "flipped"] if flips else ["latents"]
         shard = {name: torch.empty(0) for name in names}

@@ -41,6 +41,23 @@ def load_pipeline(source: str | Path, dtype: Dtype = "float32", device: str | No
     return pipeline.to(where)
 
 
+def load_lora(pipeline: Any, source: str | Path) -> None:
+    """Loads LoRA weights on a pipeline.
+
+    Args:
+        pipeline: changed in place.
+        source: a folder that holds `pytorch_lora_weights.safetensors`, or a hub id.
+
+    Raises:
+        ValueError: no such folder, weights that do not fit the pipeline, or PEFT is missing.
+    """
+    try:
+        pipeline.load_lora_weights(str(source))
+    except Exception as error:  # as above
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"LoRA weights {str(source)!r} do not load: {reason}") from error
+
+
 def choose_device(device: str | None) -> torch.device:
     """Returns the device asked for, or the best there is.
 
