@@ -1,0 +1,162 @@
+"""One self-contained HTML page for one query or several."""
+
+# Typographic signs are meant.
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..data.dataset import ImageDataset
+from ..methods.base import Scores
+from .markup import Markup, element, join
+from .pictures import at_most, data_uri
+from .section import query_section
+from .settings import times_table
+from .style import STYLE
+
+
+def render_page(
+    results: Sequence[Scores],
+    data: ImageDataset,
+    *,
+    top: int = 10,
+    timings: Mapping[str, float] | None = None,
+    notes: Sequence[str] | None = None,
+    floor: float | None = None,
+    title: str | None = None,
+) -> str:
+    """Returns an HTML page that shows what made pictures possible; it loads nothing else.
+
+    Args:
+        results: every score of each query, one section each.
+        data: the training examples that were scored.
+        top: how many of the most, and at most how many of the least, influential are shown.
+        timings: seconds of each step of the whole run; those of an attribution itself are read
+            from its settings (`"seconds"`).
+        notes: sentences for the reader, such as warnings about the prompt.
+        floor: rounding moves a score by up to this much; read from the settings
+            (`"noise_floor"`) where it is not given.
+        title: heading; a question by default.
+
+    Raises:
+        ValueError: no results, a result without scores, `top` below 1, or a scored example that
+            `data` lacks.
+    """
+    position = _checked(results, data, top)
+    if title is None:
+        pictures = "these pictures" if len(results) > 1 else "this picture"
+        title = f"Which training images made {pictures} possible?"
+    sections = [
+        query_section(scores, data, position, number=number, of=len(results), top=top, floor=floor)
+        for number, scores in enumerate(results, start=1)
+    ]
+    run = None
+    if timings:
+        run = element(
+            "section", element("h2", "Time of the whole run"), times_table(timings), class_="run"
+        )
+    body = element(
+        "main",
+        element(
+            "header",
+            element("p", "unsee", class_="brand"),
+            element("h1", title),
+            _summary(results, data),
+            _reading(results),
+            _notes(notes or ()),
+            _contents(results) if len(results) > 1 else None,
+        ),
+        *sections,
+        run,
+    )
+    head = join(
+        [
+            element("meta", charset="utf-8"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", name="color-scheme", content="light dark"),
+            element("title", f"{title} – unsee"),
+            element("style", Markup(STYLE)),
+        ]
+    )
+    page = element("html", element("head", head), element("body", body), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def _checked(results: Sequence[Scores], data: ImageDataset, top: int) -> dict[str, int]:
+    """Returns the position of each example in the data set, after checks of the arguments."""
+    if not results:
+        raise ValueError("report: no results; give the scores of one query or more")
+    if top < 1:
+        raise ValueError(f"report: top = {top} must be at least 1")
+    position = {identifier: i for i, identifier in enumerate(data.ids)}
+    for scores in results:
+        if not len(scores):
+            raise ValueError("report: a result has no scores; was the list of candidates empty?")
+        for identifier in scores.ids:
+            if identifier not in position:
+                raise ValueError(
+                    f"report: the scored example {identifier!r} is not in data set {data.name!r}; "
+                    "give the data set that the scores were computed on"
+                )
+    return position
+
+
+def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
+    counts = sorted({len(scores) for scores in results})
+    scored = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    if counts == [len(data)]:
+        scored = f"All {scored}"
+    methods = ", ".join(dict.fromkeys(scores.method for scores in results))
+    if methods == "AbU":
+        methods = "attribution by unlearning (AbU)"
+    each = " for each picture" if len(results) > 1 else ""
+    return element(
+        "p",
+        f"{scored} training images of ",
+        element("strong", data.name),
+        f", scored{each} by {methods}.",
+        class_="lead",
+    )
+
+
+def _reading(results: Sequence[Scores]) -> Markup:
+    """Says how to read a score."""
+    if all(scores.method.startswith("AbU") for scores in results):
+        how = (
+            "The score is the rise of this training image’s loss when the picture is unlearned. ",
+            element("b", "Positive: the model forgot it too", class_="up"),
+            ", so the picture leaned on it. ",
+            element("b", "Negative: its loss fell", class_="down"),
+            ". Scores compare within one query, not between queries.",
+        )
+    else:
+        how = (
+            "A higher score means more influence on the picture. ",
+            element("b", "Positive: it made the picture more likely", class_="up"),
+            ". ",
+            element("b", "Negative: it worked against the picture", class_="down"),
+            ". Scores compare within one query, not between queries.",
+        )
+    return element(
+        "aside", element("strong", "How to read a score"), element("p", *how), class_="reading"
+    )
+
+
+def _notes(notes: Sequence[str]) -> Markup | None:
+    if not notes:
+        return None
+    return element("ul", *(element("li", note) for note in notes), class_="notes")
+
+
+def _contents(results: Sequence[Scores]) -> Markup:
+    items = []
+    for number, scores in enumerate(results, start=1):
+        query = scores.query
+        picture = None
+        if query is not None:
+            picture = element("img", src=data_uri(at_most(query.image, 64)), alt="")
+        name = query.prompt if query is not None else f"Query {number}"
+        label = element("span", name, dir="auto")
+        items.append(element("li", element("a", picture, label, href=f"#query-{number}")))
+    return element("nav", element("ol", *items), aria_label="Queries")
