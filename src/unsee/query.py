@@ -35,6 +35,17 @@ class Query:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+def check_box(box: tuple[int, int, int, int], image_size: tuple[int, int]) -> None:
+    """Raises a ValueError if a box is empty or reaches outside the picture (width, height)."""
+    x0, y0, x1, y1 = box
+    width, height = image_size
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ValueError(
+            f"box {x0},{y0},{x1},{y1} does not lie in the picture, which is {width}x{height}: "
+            "give x0,y0,x1,y1 with x0 < x1 and y0 < y1"
+        )
+
+
 def box_mask(
     box: tuple[int, int, int, int], image_size: tuple[int, int], latent_size: tuple[int, int]
 ) -> Tensor:
@@ -51,13 +62,9 @@ def box_mask(
     Raises:
         ValueError: the box is empty or reaches outside the picture.
     """
+    check_box(box, image_size)
     x0, y0, x1, y1 = box
     width, height = image_size
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(
-            f"box {x0},{y0},{x1},{y1} does not lie in the picture, which is {width}x{height}: "
-            "give x0,y0,x1,y1 with x0 < x1 and y0 < y1"
-        )
     h, w = latent_size
     centre_y = (torch.arange(h) + 0.5) * height / h
     centre_x = (torch.arange(w) + 0.5) * width / w

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..query import Query, box_mask
+from ..query import Query, box_mask, check_box
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,9 +34,9 @@ class Denoiser(ABC):
     num_train_timesteps: int
     pipeline: Any | None
 
-    @staticmethod
+    @classmethod
     def from_pipeline(
-        pipeline: DiffusionPipeline, parameters: str | Sequence[str] = "cross-attn-kv"
+        cls, pipeline: DiffusionPipeline, parameters: str | Sequence[str] = "cross-attn-kv"
     ) -> Denoiser:
         """Wraps a loaded diffusers pipeline; the pipeline itself is not changed.
 
@@ -58,6 +58,10 @@ class Denoiser(ABC):
     def device(self) -> torch.device:
         """Where the network lives."""
         return next(self.network.parameters()).device
+
+    @abstractmethod
+    def crop_box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Returns the part (x0, y0, x1, y1) that the model sees of a picture (width, height)."""
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -91,7 +95,9 @@ class Denoiser(ABC):
         """
 
     @abstractmethod
-    def generate(self, prompt: str, seed: int, **options: Any) -> Query:
+    def generate(
+        self, prompt: str, seed: int, steps: int = 50, guidance_scale: float = 7.5
+    ) -> Query:
         """Makes a picture and returns it as a query, with the sampler's own final latent."""
 
     def query(
@@ -100,20 +106,33 @@ class Denoiser(ABC):
         """Returns a query for a picture that was made elsewhere.
 
         Args:
-            image: the picture.
+            image: the picture; the query holds the part of it that the model sees.
             prompt: what it was made for.
-            box: (x0, y0, x1, y1) in pixels; restricts the query's loss to this part.
+            box: (x0, y0, x1, y1) in pixels of `image`; restricts the query's loss to this part.
+
+        Raises:
+            ValueError: the box is empty, or outside the picture or what the model sees of it.
         """
         from ..data.dataset import to_rgb
 
         picture = to_rgb(image)
-        latents = self.encode_images([picture])[0]
+        left, upper, right, lower = seen = self.crop_box(picture.size)
+        if box is not None:
+            check_box(box, picture.size)
+            x0, y0 = max(box[0], left) - left, max(box[1], upper) - upper
+            x1, y1 = min(box[2], right) - left, min(box[3], lower) - upper
+            if x0 >= x1 or y0 >= y1:
+                raise ValueError(
+                    f"box {','.join(map(str, box))} lies outside {','.join(map(str, seen))}, the "
+                    f"part of the {picture.width}x{picture.height} picture that the model sees"
+                )
+            box = x0, y0, x1, y1
         query = Query(
             id=f"image:{prompt}",
-            latents=latents,
+            latents=self.encode_images([picture])[0],
             text=self.encode_prompts([prompt])[0],
             prompt=prompt,
-            image=picture,
+            image=picture.crop(seen),
             provenance={"source": "image"},
         )
         return with_box(query, box) if box is not None else query

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class UNetDenoiser(Denoiser):
         pipeline: the pipeline that encodes and generates, where there is one.
     """
 
+    network: UNet2DConditionModel
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -48,13 +51,34 @@ class UNetDenoiser(Denoiser):
     ) -> None:
         self.network = unet.eval()
         self.pipeline = pipeline
+        if "beta_schedule" not in scheduler.config:
+            raise ValueError(
+                f"{type(scheduler).__name__} has no DDPM training schedule (betas), which the "
+                "denoising loss of a UNet needs"
+            )
         # The training schedule, not the sampler that the pipeline happens to carry.
         self.schedule = DDPMScheduler.from_config(scheduler.config)
         self.prediction_type = self.schedule.config["prediction_type"]
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"prediction_type {self.prediction_type!r} is not supported: it must be "
+                "'epsilon', 'v_prediction' or 'sample'"
+            )
         self.num_train_timesteps = int(self.schedule.config["num_train_timesteps"])
         named = dict(unet.named_parameters())
         names = select_parameters(named, parameters, PRESETS)
         self.parameters = {name: named[name] for name in names}
+        # Blocks of other kinds read the text elsewhere, where a row must stand by each latent.
+        readers = [
+            name
+            for name, module in unet.named_modules()
+            if isinstance(module, Attention)
+            and (module.is_cross_attention or module.added_kv_proj_dim is not None)
+        ]
+        self._text_can_be_shared = (
+            all(name.endswith("attn2") for name in readers)
+            and unet.config.get("addition_embed_type") is None
+        )
 
     @classmethod
     def from_pipeline(
@@ -70,6 +94,12 @@ class UNetDenoiser(Denoiser):
         if getattr(pipeline, "text_encoder_2", None) is not None:
             raise ValueError(
                 f"{type(pipeline).__name__} has two text encoders, which is not supported yet"
+            )
+        takes, gets = pipeline.unet.config["in_channels"], pipeline.vae.config["latent_channels"]
+        if takes != gets:
+            raise ValueError(
+                f"{type(pipeline).__name__}: its unet takes {takes} channels, a latent of its vae "
+                f"has {gets}; models that see more than the noisy latent are not supported"
             )
         return cls(pipeline.unet, pipeline.scheduler, parameters, pipeline)
 
@@ -91,11 +121,21 @@ class UNetDenoiser(Denoiser):
             )
         return self.pipeline
 
+    def crop_box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """See `Denoiser.crop_box`: the largest centred part of the aspect of `resolution`."""
+        width, height = self.resolution
+        scale = min(size[0] / width, size[1] / height)
+        crop_w, crop_h = round(width * scale), round(height * scale)
+        left, upper = (size[0] - crop_w) // 2, (size[1] - crop_h) // 2
+        return left, upper, left + crop_w, upper + crop_h
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """See `Denoiser.encode_images`. Pictures are cropped square at the centre and resized."""
+        """See `Denoiser.encode_images`. Pictures are cropped (`crop_box`) and resized."""
         vae = self._pipeline().vae
-        pixels = torch.stack([_pixels(image, self.resolution) for image in images])
+        pixels = torch.stack(
+            [_pixels(image.crop(self.crop_box(image.size)), self.resolution) for image in images]
+        )
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         latents = (posterior.mode() - shift) * vae.config.scaling_factor
@@ -107,14 +147,15 @@ class UNetDenoiser(Denoiser):
         pipeline = self._pipeline()
         limit = pipeline.tokenizer.model_max_length
         for prompt in prompts:
-            ids = pipeline.tokenizer(prompt).input_ids
+            with _quiet("transformers"):
+                ids = pipeline.tokenizer(prompt).input_ids
             if len(ids) > limit:
                 lost = pipeline.tokenizer.decode(ids[limit - 1 : -1])
                 logger.warning(
                     "the prompt has %d tokens, the text encoder takes %d: cut %r",
                     len(ids), limit, lost,
                 )  # fmt: skip
-        with _quiet("diffusers.pipelines"), _quiet("transformers.tokenization_utils_base"):
+        with _quiet("diffusers.pipelines"), _quiet("transformers"):
             states, _ = pipeline.encode_prompt(
                 list(prompts), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
             )
@@ -134,17 +175,20 @@ class UNetDenoiser(Denoiser):
         parameter = next(self.network.parameters())
         draws = timesteps.shape[1]
         to = {"device": parameter.device, "dtype": parameter.dtype}
-        clean = latents.to(**to).repeat_interleave(draws, 0)
-        noise = noise.to(**to).flatten(0, 1)
-        flat_timesteps = timesteps.to(parameter.device).flatten()
-        noisy = self._add_noise(clean, noise, flat_timesteps)
-        with self.shared_text(draws):
-            predicted = self.network(
-                noisy, flat_timesteps, encoder_hidden_states=text.to(**to), return_dict=False
-            )[0]
-        target = self._target(clean, noise, flat_timesteps)
+        # Only the network runs in half precision: it would round small noise levels to zero.
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        error = (predicted.to(wide) - target.to(wide)).square()
+        clean = latents.to(parameter.device, wide).repeat_interleave(draws, 0)
+        noise = noise.to(parameter.device, wide).flatten(0, 1)
+        flat_timesteps = timesteps.to(parameter.device).flatten()
+        noisy = self._add_noise(clean, noise, flat_timesteps).to(parameter.dtype)
+        text = text.to(**to)
+        if not self._text_can_be_shared:
+            text = text.repeat_interleave(draws, 0)
+        with self.shared_text(draws if self._text_can_be_shared else 1):
+            predicted = self.network(
+                noisy, flat_timesteps, encoder_hidden_states=text, return_dict=False
+            )[0]
+        error = (predicted.to(wide) - self._target(clean, noise, flat_timesteps)).square()
         if mask is None:
             loss = error.mean(dim=(1, 2, 3))
         else:
@@ -161,10 +205,8 @@ class UNetDenoiser(Denoiser):
             return noise
         if self.prediction_type == "sample":
             return clean
-        if self.prediction_type == "v_prediction":
-            signal, sigma = self._coefficients(timesteps, clean)
-            return signal * noise - sigma * clean
-        raise ValueError(f"prediction_type {self.prediction_type!r} is not supported")
+        signal, sigma = self._coefficients(timesteps, clean)
+        return signal * noise - sigma * clean
 
     def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.schedule.alphas_cumprod.to(like.device)[timesteps].to(like.dtype)
@@ -177,21 +219,25 @@ class UNetDenoiser(Denoiser):
 
         Attention is computed per query vector, so the draws of an example may stand behind one
         another as one longer sequence of query vectors: the keys and values of its text are then
-        projected once, not once per draw. The processor takes the batch size from the text, which
-        makes the long sequence; a hook folds it back.
+        projected once, not once per draw. Hooks make that sequence of what goes into the
+        cross-attention, and draws of what comes out, so that any attention processor will do.
         """
         if draws == 1:
             yield
             return
 
+        def fold(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *rest = inputs
+            return hidden.reshape(-1, draws * hidden.shape[1], hidden.shape[2]), *rest
+
         def unfold(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
             return output.reshape(output.shape[0] * draws, -1, output.shape[-1])
 
-        handles = [
-            module.register_forward_hook(unfold)
-            for name, module in self.network.named_modules()
-            if name.endswith("attn2")
-        ]
+        handles = []
+        for name, module in self.network.named_modules():
+            if name.endswith("attn2"):
+                handles.append(module.register_forward_pre_hook(fold))
+                handles.append(module.register_forward_hook(unfold))
         try:
             yield
         finally:
@@ -202,7 +248,7 @@ class UNetDenoiser(Denoiser):
 
     def generate(
         self, prompt: str, seed: int, steps: int = 50, guidance_scale: float = 7.5
-    ) -> Query:  # type: ignore[override]
+    ) -> Query:
         """Makes a picture with the pipeline's own sampler.
 
         Args:
@@ -216,7 +262,7 @@ class UNetDenoiser(Denoiser):
         """
         pipeline = self._pipeline()
         text = self.encode_prompts([prompt])[0]
-        with _quiet("diffusers.pipelines"), _quiet("transformers.tokenization_utils_base"):
+        with _quiet("diffusers.pipelines"), _quiet("transformers"):
             latents = pipeline(
                 prompt,
                 num_inference_steps=steps,
@@ -246,13 +292,8 @@ class UNetDenoiser(Denoiser):
 
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Returns [3, H, W] float32 in [-1, 1]: centre crop to the aspect of `size`, then resize."""
-    width, height = size
-    scale = min(image.width / width, image.height / height)
-    crop_w, crop_h = round(width * scale), round(height * scale)
-    left, upper = (image.width - crop_w) // 2, (image.height - crop_h) // 2
-    cropped = image.crop((left, upper, left + crop_w, upper + crop_h))
-    resized = cropped.resize(size, Image.Resampling.LANCZOS)
+    """Returns [3, H, W] float32 in [-1, 1] of a picture resized to (width, height)."""
+    resized = image.resize(size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
