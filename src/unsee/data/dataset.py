@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-from PIL import Image, UnidentifiedImageError
+import pyarrow as pa
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +66,6 @@ def open_image(source: Path | dict[str, Any], name: str | None = None) -> Image.
     Raises:
         ValueError: the file is missing, truncated, no image, or has more than `MAX_PIXELS` pixels.
     """
-    import io
-
     record = source if isinstance(source, dict) else {"path": str(source), "bytes": None}
     name = name or str(record.get("path"))
     try:
@@ -74,7 +76,8 @@ def open_image(source: Path | dict[str, Any], name: str | None = None) -> Image.
                     f"image {name}: {image.width}x{image.height} has more than {MAX_PIXELS:,} "
                     "pixels; resize it first"
                 )
-            return to_rgb(image)
+            # Cameras store pictures sideways, with a note of how to turn them.
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ValueError(f"image {name}: no such file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -147,6 +150,17 @@ class ImageDataset(Sequence[Example]):
             raise ValueError(f"data set {self.name!r} has no example {unknown[0]!r}")
         return ImageDataset(self.table.select([position[i] for i in ids]), self.name)
 
+    def stamp(self, index: int) -> str:
+        """Returns what changes when a picture does: its file's size and time, or its bytes."""
+        record = self.table[index]["image"]
+        if record["bytes"] is not None:
+            return hashlib.sha256(record["bytes"]).hexdigest()[:16]
+        try:
+            status = os.stat(record["path"])
+        except OSError:
+            return "missing"
+        return f"{status.st_size}@{status.st_mtime_ns}"
+
     @property
     def fingerprint(self) -> str:
         """A hash of ids and captions, in order: what scores depend on besides the pixels."""
@@ -195,18 +209,19 @@ def _load_imagefolder(folder: Path, on_error: OnError) -> ImageDataset:
     for number, row in enumerate(_metadata_rows(folder), start=1):
         file_name = row.pop("file_name", None)
         text = row.pop("text", None)
-        captions = [text] if isinstance(text, str) or text is None else list(text)
+        captions = text if isinstance(text, list) else [text]
         where = f"{folder.name}/{file_name or f'row {number}'}"
-        if not file_name:
+        if not file_name or not isinstance(file_name, str):
             problems.append(f"{where}: no file_name")
         elif not (folder / file_name).resolve().is_relative_to(folder.resolve()):
             problems.append(f"{where}: file_name points outside the folder")
         elif not (folder / file_name).is_file():
             problems.append(f"{where}: no such file")
         elif not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-            problems.append(f"{where}: empty caption")
+            problems.append(f"{where}: empty caption (text is {text!r})")
         else:
-            identifier = str(row.pop("id", file_name))
+            identifier = row.pop("id", None)
+            identifier = str(file_name if identifier in (None, "") else identifier)
             if identifier in taken:
                 problems.append(f"{where}: id {identifier!r} appears more than once")
                 continue
@@ -219,34 +234,69 @@ def _load_imagefolder(folder: Path, on_error: OnError) -> ImageDataset:
         logger.warning("skipped: %s", _summary(problems))
     if not rows:
         raise ValueError(f"data set {str(folder)!r} is empty: no usable row in its metadata")
-    return ImageDataset(datasets.Dataset.from_list(rows), folder.name)
+    return ImageDataset(_table(rows, folder), folder.name)
+
+
+def _table(rows: list[dict[str, Any]], folder: Path) -> datasets.Dataset:
+    # datasets.Dataset.from_list would drop columns that the first row lacks.
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return datasets.Dataset.from_dict(columns)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(
+            f"data set {str(folder)!r}: a metadata column holds values of several types "
+            f"({str(error).splitlines()[0]}); make them all strings, or all numbers"
+        ) from None
 
 
 def _metadata_rows(folder: Path) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise ValueError(f"data set folder {str(folder)!r}: no such folder")
-    jsonl, csv = folder / "metadata.jsonl", folder / "metadata.csv"
-    if jsonl.is_file():
-        rows = []
-        for number, line in enumerate(jsonl.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{jsonl}, line {number}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{jsonl}, line {number}: not a JSON object")
-                rows.append(row)
-        return rows
-    if csv.is_file():
-        import csv as csv_reader
-
-        with csv.open(newline="", encoding="utf-8") as file:
-            return [dict(row) for row in csv_reader.DictReader(file)]
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    try:
+        if jsonl.is_file():
+            return _jsonl_rows(jsonl)
+        if table.is_file():
+            return _csv_rows(table)
+    except UnicodeDecodeError as error:
+        path = jsonl if jsonl.is_file() else table
+        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     raise ValueError(
         f"data set folder {str(folder)!r} has no metadata.jsonl: a line per image, "
         '{"file_name": "a.png", "text": "a caption"}'
     )
+
+
+def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    # A file splits at line feeds only; str.splitlines would also split at U+2028 in a caption.
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows = []
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more fields than the header has; put a text "
+                    "that contains a comma between double quotes"
+                )
+            rows.append(dict(row))
+    return rows
 
 
 def _summary(problems: list[str], most: int = 3) -> str:

@@ -74,10 +74,10 @@ class EncodedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of ids, latents and text states."""
+        """A hash of ids, latents (of both views) and text states."""
         digest = hashlib.sha256(json.dumps([self.ids, self._caption_rows]).encode())
-        for tensor in (self._latents, self._states):
-            digest.update(tensor.numpy().tobytes())
+        for tensor in (self._latents, self._states, self._flipped):
+            digest.update(b"-" if tensor is None else tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def latents(self, rows: Sequence[int], flipped: bool = False) -> Tensor:
@@ -134,7 +134,7 @@ def encode_dataset(
     bar = tqdm(total=len(data), desc="encode", unit="image", disable=None, file=sys.stderr)
     ids: list[str] = []
     latents, flipped, captions = [], [], []
-    about = f"{data.fingerprint} {_encoder_key(model)} {flips}"
+    about = f"{data.fingerprint} {_encoder_key(model)} {flips} {batch_size}"
     key = hashlib.sha256(about.encode()).hexdigest()[:12]
     for first in range(0, len(data), batch_size):
         positions = range(first, min(first + batch_size, len(data)))
@@ -148,11 +148,8 @@ def encode_dataset(
     bar.close()
     if not ids:
         raise ValueError(f"data set {data.name!r}: none of its {len(data)} pictures can be read")
-    # A warning about a cut caption is worth one line here, not one per batch.
-    states = torch.cat(
-        [model.encode_prompts(distinct[i : i + 256]) for i in range(0, len(distinct), 256)]
-    )
     mirrored = torch.cat(flipped) if flips else None
+    states = model.encode_prompts(distinct)
     return EncodedDataset(ids, torch.cat(latents), states, captions, mirrored)
 
 
@@ -161,6 +158,7 @@ def _encoder_key(model: Denoiser) -> str:
     if vae is None:
         return "none"
     digest = hashlib.sha256(str(sorted(dict(vae.config).items(), key=str)).encode())
+    digest.update(str(model.resolution).encode())
     for parameter in vae.parameters():
         digest.update(parameter.detach().float().sum().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -174,13 +172,12 @@ def _encode_shard(
     on_error: OnError,
     path: Path | None,
 ) -> tuple[list[int], dict[str, Tensor]]:
-    if path is not None and path.is_file():
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                kept = json.loads(file.metadata()["kept"])
-                return kept, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
+    stamp = json.dumps([data.stamp(position) for position in positions])
+    found = _load_shard(path, stamp) if path is not None and path.is_file() else None
+    if found is not None and (on_error == "skip" or len(found[0]) == len(positions)):
+        for position in sorted(set(positions) - set(found[0])):
+            logger.warning("skipped, as before: %s of %s", data.ids[position], data.name)
+        return found
     kept, pictures = [], []
     for position in positions:
         try:
@@ -200,6 +197,19 @@ def _encode_shard(
         shard = {name: torch.empty(0) for name in names}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"kept": json.dumps(kept)}
+        about = {"kept": json.dumps(kept), "stamp": stamp}
         write_atomically(path, lambda temporary: save_file(shard, temporary, metadata=about))
     return kept, shard
+
+
+def _load_shard(path: Path, stamp: str) -> tuple[list[int], dict[str, Tensor]] | None:
+    """Returns kept positions and tensors; None where the pictures have changed since."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("stamp") != stamp:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return json.loads(about["kept"]), tensors
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None

@@ -59,6 +59,11 @@ class Denoiser(ABC):
         """Where the network lives."""
         return next(self.network.parameters()).device
 
+    @property
+    @abstractmethod
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) in pixels of the pictures that the model makes."""
+
     @abstractmethod
     def crop_box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Returns the part (x0, y0, x1, y1) that the model sees of a picture (width, height)."""

@@ -145,21 +145,31 @@ class UNetDenoiser(Denoiser):
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """See `Denoiser.encode_prompts`. Padding stays: the UNet attends to it."""
         pipeline = self._pipeline()
-        limit = pipeline.tokenizer.model_max_length
-        for prompt in prompts:
-            with _quiet("transformers"):
-                ids = pipeline.tokenizer(prompt).input_ids
-            if len(ids) > limit:
-                lost = pipeline.tokenizer.decode(ids[limit - 1 : -1])
-                logger.warning(
-                    "the prompt has %d tokens, the text encoder takes %d: cut %r",
-                    len(ids), limit, lost,
-                )  # fmt: skip
+        self._warn_of_cuts(prompts)
+        states = []
         with _quiet("diffusers.pipelines"), _quiet("transformers"):
-            states, _ = pipeline.encode_prompt(
-                list(prompts), pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
-            )
-        return states.float().cpu()
+            for first in range(0, len(prompts), 256):
+                some = list(prompts[first : first + 256])
+                state, _ = pipeline.encode_prompt(
+                    some, pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
+                )
+                states.append(state.float().cpu())
+        return torch.cat(states)
+
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Says once what the text encoder does not see."""
+        tokenizer = self._pipeline().tokenizer
+        limit = tokenizer.model_max_length
+        with _quiet("transformers"):
+            tokens = tokenizer(list(prompts)).input_ids
+        long = [ids for ids in tokens if len(ids) > limit]
+        if long:
+            lost = tokenizer.decode(long[0][limit - 1 : -1])  # the last one is the end marker
+            more = f"; {len(long) - 1} more prompts are cut" if len(long) > 1 else ""
+            logger.warning(
+                "the prompt has %d tokens, the text encoder takes %d: cut %r%s",
+                len(long[0]), limit, lost, more,
+            )  # fmt: skip
 
     # -- the loss ---------------------------------------------------------------------------
 
