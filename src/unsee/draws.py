@@ -20,7 +20,10 @@ def stable_seed(*parts: object) -> int:
 class DrawSource(Protocol):
     """Anything that gives an example its timesteps and noise."""
 
-    n: int
+    @property
+    def n(self) -> int:
+        """Draws for each example and caption."""
+        ...
 
     def of(
         self, example_id: str, shape: tuple[int, ...], caption: int = 0, flipped: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ FLOOR_EXAMPLES = 64
 
 def fit_diagonal_fisher(
     model: Denoiser, data: EncodedExamples, draws: Draws, batch_size: int = 64,
-    progress: Callable[[Sequence], Sequence] = lambda batches: batches,
+    progress: Callable[[Sequence], Iterable] = lambda batches: batches,
 ) -> DiagonalFisher:  # fmt: skip
     """Fits the diagonal of per-draw squared gradients over every example, caption and draw.
 
