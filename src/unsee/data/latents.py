@@ -77,7 +77,8 @@ class EncodedDataset:
         """A hash of ids, latents (of both views) and text states."""
         digest = hashlib.sha256(json.dumps([self.ids, self._caption_rows]).encode())
         for tensor in (self._latents, self._states, self._flipped):
-            digest.update(b"-" if tensor is None else tensor.numpy().tobytes())
+            if tensor is not None:  # adds nothing, or checkpoints made before would be refused
+                digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def latents(self, rows: Sequence[int], flipped: bool = False) -> Tensor:
