@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..data.dataset import ImageDataset
@@ -37,12 +37,19 @@ class AutoencoderRecipe:
 
 
 def load_pixels(data: ImageDataset, resolution: int) -> Tensor:
-    """Returns all pictures as float32 [N, 3, resolution, resolution] in [-1, 1]."""
+    """Returns all pictures as float32 [N, 3, resolution, resolution] in [-1, 1].
+
+    Pictures that are not square lose their margins, as they do in `Denoiser.encode_images`.
+
+    Raises:
+        ValueError: a picture cannot be read.
+    """
     import numpy as np
 
     pictures = []
     for example in data:
-        picture = example.image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        size = (resolution, resolution)
+        picture = ImageOps.fit(example.image, size, Image.Resampling.LANCZOS)
         pictures.append(torch.from_numpy(np.asarray(picture).copy()))
     return torch.stack(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 

@@ -39,7 +39,7 @@ class Optimization:
         weight_decay: AdamW's decoupled weight decay.
         clip_norm: gradients are scaled down to this global norm.
         ema_decay: decay of the exponential moving average of the weights, which is what is kept;
-            after s steps it is at most (1 + s) / (10 + s), so that a short run forgets its start.
+            at step s it is at most (1 + s) / (10 + s), so that a short run forgets its start.
         seed: fixes initial weights, batches, timesteps and noise.
         checkpoint_seconds: longest time between two checkpoints.
     """
