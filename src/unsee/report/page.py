@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ..data.dataset import ImageDataset
 from ..methods.base import Scores
-from .markup import Markup, element, join
+from .markup import Markup, element
 from .pictures import at_most, data_uri
 from .section import query_section
 from .settings import times_table
@@ -70,16 +70,7 @@ def render_page(
         *sections,
         run,
     )
-    head = join(
-        [
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="color-scheme", content="light dark"),
-            element("title", f"{title} – unsee"),
-            element("style", Markup(STYLE)),
-        ]
-    )
-    page = element("html", element("head", head), element("body", body), lang="en")
+    page = element("html", _head(title), element("body", body), lang="en")
     return f"<!doctype html>\n{page}\n"
 
 
@@ -100,6 +91,17 @@ def _checked(results: Sequence[Scores], data: ImageDataset, top: int) -> dict[st
                     "give the data set that the scores were computed on"
                 )
     return position
+
+
+def _head(title: str) -> Markup:
+    return element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", f"{title} – unsee"),
+        element("style", Markup(STYLE)),
+    )
 
 
 def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
