@@ -77,7 +77,7 @@ def prepare(
     sample = encoded.select(_spread(encoded.ids, fisher_examples))
     draws = Draws(FISHER_SEED, fisher_draws, num_train_timesteps=model.num_train_timesteps)
     key = settings_key(
-        {"weights": weights_fingerprint(model), "data": sample.fingerprint, "draws": repr(draws),
+        {"model": model.fingerprint(), "data": sample.fingerprint, "draws": repr(draws),
          "parameters": list(model.parameters)}
     )  # fmt: skip
     path = work / f"fisher-{key}.safetensors"
@@ -104,15 +104,6 @@ def _spread(ids: Sequence[str], most: int) -> list[str]:
     chosen = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:most]
     keep = set(chosen)
     return [i for i in ids if i in keep]
-
-
-def weights_fingerprint(model: Denoiser) -> str:
-    """Returns a hash of every weight of the network."""
-    digest = hashlib.sha256()
-    for name, parameter in model.network.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().double().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def attributor(

@@ -113,7 +113,10 @@ class Scores:
         """
         if not Path(path).is_file():
             raise ValueError(f"scores {str(path)!r}: no such file")
-        table = pq.read_table(path)
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"scores {str(path)!r}: cannot be read ({error})") from None
         about = json.loads((table.schema.metadata or {}).get(b"unsee", b"{}"))
         if "method" not in about:
             raise ValueError(f"scores {str(path)!r}: not a score file of unsee")

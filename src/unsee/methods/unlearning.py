@@ -154,12 +154,21 @@ class AbU:
             raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
         if self.steps < 1:
             raise ValueError(f"steps = {self.steps} must be at least 1")
+        if self.flips and not self.data.has_flips:
+            raise ValueError(
+                "flips = True, but flips were not encoded: use encode_dataset(flips=True)"
+            )
 
     def unlearn(self, query: Query) -> Unlearned:
         """Finds weights that raise the query's loss; the model itself is left as it is."""
         model = self.model
         weights: Weights = {n: p.detach().double().clone() for n, p in model.parameters.items()}
         before = query_loss(model, query, self.query_draws)
+        if not np.isfinite(before):
+            raise ValueError(
+                f"the loss of the query {query.id!r} is {before}: check the model with "
+                "`unsee doctor`; a float16 model may need float32"
+            )
         after, sizes = before, []
         for step in range(self.steps):
             # With a fixed size, fresh draws for every step, as published; the search measures the
@@ -211,21 +220,24 @@ class AbU:
         size = high
         for _ in range(40):
             if np.isfinite(value) and abs(value - target) <= 0.01 * (target - before):
-                break
+                return size
             low, high = (size, high) if np.isfinite(value) and value < target else (low, size)
             size = 0.5 * (low + high)
             value = loss_at(size)
-        return size
+        raise ValueError(
+            f"unlearning {query.id!r}: no step brings its loss from {before:.6g} to {target:.6g}, "
+            "a rise too small for the precision of the model; use a larger one"
+        )
 
     def losses(self, rows: Sequence[int], weights: Weights | None = None) -> np.ndarray:
         """Returns training losses [rows, views, draws] with the model's or with other weights."""
         cache = None
         if self.cache is not None:
-            selected = {n: _checksum(p) for n, p in self.model.parameters.items()}
             new = None if weights is None else {n: _checksum(w) for n, w in weights.items()}
             key = settings_key(
                 {"data": self.data.fingerprint, "draws": dataclasses.asdict(self.draws),
-                 "rows": list(rows), "flips": self.flips, "weights": selected, "replaced": new}
+                 "rows": list(rows), "flips": self.flips, "model": self.model.fingerprint(),
+                 "replaced": new}
             )  # fmt: skip
             cache = self.cache / f"losses-{key}"
         with self.model.replaced(weights or {}):
@@ -298,6 +310,8 @@ class AbU:
     def _rows(self, candidates: Sequence[str] | None) -> list[int]:
         if candidates is None:
             return list(range(len(self.data.ids)))
+        if not len(candidates):
+            raise ValueError("candidates: the list is empty; leave it out to score every example")
         at = {identifier: row for row, identifier in enumerate(self.data.ids)}
         unknown = [c for c in candidates if c not in at]
         if unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -141,6 +142,14 @@ class Denoiser(ABC):
             provenance={"source": "image"},
         )
         return with_box(query, box) if box is not None else query
+
+    def fingerprint(self) -> str:
+        """Returns a hash of what a loss depends on besides its data: weights and schedule."""
+        digest = hashlib.sha256(f"{self.prediction_type} {self.num_train_timesteps}".encode())
+        for name, tensor in self.network.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     @contextlib.contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:

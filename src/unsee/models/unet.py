@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -102,6 +103,11 @@ class UNetDenoiser(Denoiser):
                 f"has {gets}; models that see more than the noisy latent are not supported"
             )
         return cls(pipeline.unet, pipeline.scheduler, parameters, pipeline)
+
+    def fingerprint(self) -> str:
+        """See `Denoiser.fingerprint`; the noise levels count."""
+        levels = self.schedule.alphas_cumprod.numpy().tobytes()
+        return hashlib.sha256(super().fingerprint().encode() + levels).hexdigest()[:16]
 
     # -- encoding ---------------------------------------------------------------------------
 
