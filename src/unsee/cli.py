@@ -15,13 +15,17 @@ from . import __version__
 if TYPE_CHECKING:
     from .data.dataset import ImageDataset
     from .models.base import Denoiser
+    from .training.loop import Optimization
 
 DATA_HELP = "training data: 'twemoji', or a folder with metadata.jsonl (file_name, text)"
 MODEL_HELP = "a diffusers pipeline: a folder, a hub id, or 'demo' for the model that ships"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 where `doctor` finds a fault, 2 bad input."""
+    """Runs one command and returns its exit code.
+
+    0 where all went well, 1 where `doctor` finds a fault, 2 for bad input.
+    """
     parser = build_parser()
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
@@ -61,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("demo", help="attribute three pictures of the model that ships")
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of the results"
+    )
     command.add_argument("--model-only", type=Path, metavar="DIR",
                          help="only write the model as a complete pipeline folder")  # fmt: skip
     command.set_defaults(run=_demo)
@@ -93,7 +99,9 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
                          help="only this part of the picture, in its pixels")  # fmt: skip
     command.add_argument("--top", type=_positive, default=10, help="how many to show")
     command.add_argument("--out", type=Path, default=Path("runs/attribute"))
-    command.add_argument("--work", type=Path, help="folder of intermediate results (default: OUT/work)")
+    command.add_argument(
+        "--work", type=Path, help="folder of intermediate results (default: OUT/work)"
+    )
     command.add_argument("--sampler-steps", type=_positive, default=50)
     command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     _add_method_options(command)
@@ -116,8 +124,11 @@ def _add_method_options(command: argparse.ArgumentParser) -> None:
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--parameters", default="cross-attn-kv",
-                         help="cross-attn-kv, cross-attn, attn, lora, all, or a pattern")  # fmt: skip
+    command.add_argument(
+        "--parameters",
+        default="cross-attn-kv",
+        help="cross-attn-kv, cross-attn, attn, lora, all, or a pattern",
+    )
     command.add_argument("--lora", help="LoRA weights to load on the model: a folder or a hub id")
     command.add_argument("--dtype", default="float32",
                          choices=("float32", "float16", "bfloat16", "float64"))  # fmt: skip
@@ -199,7 +210,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     command = kinds.add_parser("text-to-image", help="a latent diffusion pipeline, from scratch")
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("out", metavar="OUT", type=Path)
-    command.add_argument("--autoencoder", type=Path, required=True, help="folder of an AutoencoderKL")
+    command.add_argument(
+        "--autoencoder", type=Path, required=True, help="folder of an AutoencoderKL"
+    )
     command.add_argument("--text-encoder", default="minilm",
                          help="'minilm' (from its pip package), a folder or a hub id")  # fmt: skip
     command.add_argument("--max-tokens", type=_positive, default=20)
@@ -290,7 +303,7 @@ def _train_lora(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def _optimization(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _optimization(args: argparse.Namespace) -> Optimization:
     import torch
 
     from .training.loop import Optimization
@@ -312,7 +325,9 @@ def _ids(path: Path | None) -> list[str]:
 
 
 def _add_reproduce(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("reproduce", help="the AbU paper's MSCOCO experiment on its files")
+    command = commands.add_parser(
+        "reproduce", help="the AbU paper's MSCOCO experiment on its files"
+    )
     command.add_argument("--data", type=Path, required=True, help="folder of the released files")
     command.add_argument("--query", type=int, required=True, help="which query, from 0")
     command.add_argument("--draws", type=Path, help="recorded noise and timesteps (.npz)")

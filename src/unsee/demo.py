@@ -57,7 +57,9 @@ def write_demo_model(directory: Path | None = None) -> Path:
         for part in ("unet", "vae", "scheduler"):
             shutil.copytree(source / part, directory / part, dirs_exist_ok=True)
         # The index comes last and whole: its presence says that the folder is complete.
-        write_atomically(directory / COMPLETE, lambda path: shutil.copyfile(source / COMPLETE, path))
+        write_atomically(
+            directory / COMPLETE, lambda path: shutil.copyfile(source / COMPLETE, path)
+        )
     return directory
 
 

@@ -95,8 +95,8 @@ def examine(
     findings.append(
         Finding(
             "time", True,
-            f"about {_duration(fixed)} once (Fisher, losses before) and {_duration(query)} for each "
-            f"picture; {1 / forward:.0f} forward passes a second here",
+            f"about {_duration(fixed)} once (Fisher, losses before) and {_duration(query)} for "
+            f"each picture; {1 / forward:.0f} forward passes a second here",
         )
     )  # fmt: skip
     return findings
@@ -194,7 +194,8 @@ def describe(path: Path | None) -> list[str]:
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
         return _describe_scores(path)
-    found = [line for file in sorted(path.glob("scores*.parquet")) for line in _describe_scores(file)]
+    files = sorted(path.glob("scores*.parquet"))
+    found = [line for file in files for line in _describe_scores(file)]
     if (path / "training.json").is_file():
         record = json.loads((path / "training.json").read_text(encoding="utf-8"))
         found += [f"{name}: {value}" for name, value in record.items()]
@@ -211,7 +212,8 @@ def _describe_scores(path: Path) -> list[str]:
     settings = scores.settings
     lines = [f"{path}: {scores.method}, {len(scores)} scores from {scores.values.min():.3g} to "
              f"{scores.values.max():.3g}"]  # fmt: skip
-    return lines + [f"  {name}: {value}" for name, value in settings.items() if name != "parameters"]
+    shown = {name: value for name, value in settings.items() if name != "parameters"}
+    return lines + [f"  {name}: {value}" for name, value in shown.items()]
 
 
 def _versions() -> list[str]:

@@ -74,7 +74,8 @@ def attribute(
     before = losses()
     latent = array("sample_latents")[query]
     text = array("sample_text_embeddings")[query, 0]
-    parameters = [(k, p) for k, p in unet.named_parameters() if selected(k, config["weight_selection"])]
+    which = config["weight_selection"]
+    parameters = [(k, p) for k, p in unet.named_parameters() if selected(k, which)]
     for step in range(config["steps"]):
         gradient = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in parameters}
         for a in range(config["grad_accum"]):
@@ -88,6 +89,8 @@ def attribute(
                         gradient[name] += value / config["unlearn_batch"] / config["grad_accum"]
         with torch.no_grad():
             for name, p in parameters:
-                moved = p.double() + config["lr"] / config["dataset_size"] * gradient[name] / fisher[name]
-                p.copy_(moved.float())  # the weights are float32, whatever the passes are computed in
+                size = config["lr"] / config["dataset_size"]
+                moved = p.double() + size * gradient[name] / fisher[name]
+                # The weights are float32, whatever the passes are computed in.
+                p.copy_(moved.float())
     return before, losses()

@@ -103,7 +103,9 @@ def _fisher(model, arrays, rng):
         text = torch.from_numpy(arrays["train_text_embeddings"][row, 0])
         noise = torch.from_numpy(rng.standard_normal(latent.shape, dtype=np.float32))
         loss = denoising_loss(model, latent, text, int(rng.integers(1000)), noise)
-        for sums, g in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for sums, g in zip(total, gradients, strict=True):
             sums += 0 if g is None else g.double() ** 2 / 8
     # A few draws leave weights that hardly mattered in them; the floor keeps their steps small.
-    return {k: s.clamp_min(max(1e-12, 0.1 * float(s.mean()))) for k, s in zip(names, total, strict=True)}
+    floors = [max(1e-12, 0.1 * float(s.mean())) for s in total]
+    return {k: s.clamp_min(f) for k, s, f in zip(names, total, floors, strict=True)}

@@ -120,7 +120,7 @@ def lora(
 
 @torch.no_grad()
 def training_loss(denoiser: UNetDenoiser, data: EncodedDataset, examples: int = 256) -> float:
-    """Returns the mean loss of the first examples on ten fixed draws each: what `doctor` expects."""
+    """Returns the mean loss of the first examples, ten fixed draws each: `doctor` expects it."""
     draws = Draws(seed=0, n=10, num_train_timesteps=denoiser.num_train_timesteps)
     values = []
     for row in range(min(examples, len(data.ids))):
