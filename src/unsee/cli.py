@@ -65,9 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("demo", help="attribute three pictures of the model that ships")
-    command.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder of the results"
-    )
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="result folder")
     command.add_argument("--model-only", type=Path, metavar="DIR",
                          help="only write the model as a complete pipeline folder")  # fmt: skip
     command.set_defaults(run=_demo)
@@ -99,9 +97,7 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
                          help="only this part of the picture, in its pixels")  # fmt: skip
     command.add_argument("--top", type=_positive, default=10, help="how many to show")
     command.add_argument("--out", type=Path, default=Path("runs/attribute"))
-    command.add_argument(
-        "--work", type=Path, help="folder of intermediate results (default: OUT/work)"
-    )
+    command.add_argument("--work", type=Path, help="intermediate results (default: OUT/work)")
     command.add_argument("--sampler-steps", type=_positive, default=50)
     command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     _add_method_options(command)
@@ -210,9 +206,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     command = kinds.add_parser("text-to-image", help="a latent diffusion pipeline, from scratch")
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("out", metavar="OUT", type=Path)
-    command.add_argument(
-        "--autoencoder", type=Path, required=True, help="folder of an AutoencoderKL"
-    )
+    command.add_argument("--autoencoder", type=Path, required=True, help="an AutoencoderKL folder")
     command.add_argument("--text-encoder", default="minilm",
                          help="'minilm' (from its pip package), a folder or a hub id")  # fmt: skip
     command.add_argument("--max-tokens", type=_positive, default=20)
