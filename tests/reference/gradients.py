@@ -15,8 +15,8 @@ def row_gradients(
     rows = len(losses())
     gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for row in range(rows):
-        for name, parameter in parameters.items():
-            (one,) = torch.autograd.grad(losses()[row], [parameter], allow_unused=True)
+        found = torch.autograd.grad(losses()[row], list(parameters.values()), allow_unused=True)
+        for (name, parameter), one in zip(parameters.items(), found, strict=True):
             gradients[name].append((torch.zeros_like(parameter) if one is None else one).double())
     return {name: torch.stack(g) for name, g in gradients.items()}
 
