@@ -191,14 +191,16 @@ def load_dataset(
         ValueError: unknown name or option, missing folder or metadata, missing image or caption,
             repeated id, empty data set.
     """
+    known = {"twemoji": {"skin_tones"}, "imagefolder": set()}
+    if name not in known:
+        raise ValueError(f"unknown data set {name!r}: use 'twemoji' or 'imagefolder'")
+    unknown = sorted(set(options) - known[name])
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r} for data set {name!r}")
     if name == "twemoji":
         from .twemoji import load_twemoji
 
         return load_twemoji(**options)
-    if name != "imagefolder":
-        raise ValueError(f"unknown data set {name!r}: use 'twemoji' or 'imagefolder'")
-    if options:
-        raise ValueError(f"unknown option {sorted(options)[0]!r} for data set 'imagefolder'")
     if data_dir is None:
         raise ValueError("data set 'imagefolder' needs data_dir=, the folder with the images")
     return _load_imagefolder(Path(data_dir), on_error)
