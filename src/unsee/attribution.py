@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def prepare(
         fisher = DiagonalFisher.load(path)
     else:
 
-        def bar(batches: Sequence) -> Sequence:
+        def bar(batches: Sequence) -> Iterable:
             return tqdm(batches, desc="fisher", unit="batch", disable=None, file=sys.stderr)
 
         fisher = fit_diagonal_fisher(model, sample, draws, fisher_batch, progress=bar)
