@@ -55,7 +55,7 @@ def prepare(
     *,
     flips: bool = False,
     on_error: OnError = "raise",
-    fisher_draws: int = 4,
+    fisher_draws: int = 2,
     fisher_examples: int = 2000,
     fisher_batch: int = 64,
 ) -> Prepared:

@@ -141,13 +141,13 @@ def _attribute(args: argparse.Namespace) -> None:
     image = open_image(args.image) if args.image else None
     model, data = _open(args)
     if image is not None:
-        query = model.query(image, args.prompt)
+        query = model.query(image, args.prompt, args.box)
     else:
         options = {"steps": args.sampler_steps}
         if args.guidance is not None:
             options["guidance_scale"] = args.guidance
         query = model.generate(args.prompt, args.seed, **options)
-    if args.box is not None:
+    if args.box is not None and image is None:
         query = with_box(query, args.box)
     scores, paths = attribute_to_files(
         model, data, query, args.out, work=args.work, top=args.top,

@@ -56,6 +56,7 @@ def write_demo_model(directory: Path | None = None) -> Path:
     with resources.as_file(shipped) as source:
         for part in ("unet", "vae", "scheduler"):
             shutil.copytree(source / part, directory / part, dirs_exist_ok=True)
+        shutil.copyfile(source / "training.json", directory / "training.json")
         # The index comes last and whole: its presence says that the folder is complete.
         write_atomically(
             directory / COMPLETE, lambda path: shutil.copyfile(source / COMPLETE, path)
@@ -85,10 +86,11 @@ def run_demo(out: Path) -> Path:
         print(f"{prompt!r} (seed {seed}) was made possible by:")
         for identifier, value in zip(scores.top(5).ids, scores.top(5).values, strict=True):
             print(f"  {value:>10.3g}  {captions[identifier][0]}")
-    seconds = {**prepared.seconds, "everything": time.monotonic() - started}
+    whole = time.monotonic() - started
+    seconds = {**prepared.seconds, "three pictures": whole - sum(prepared.seconds.values())}
     page = out / "index.html"
     html = render_page(results, data, title="Which training images made these pictures possible?",
-                       timings=seconds)  # fmt: skip
+                       timings=seconds, notes=["Emoji artwork: Twemoji, CC-BY 4.0"])  # fmt: skip
     write_atomically(page, lambda path: path.write_text(html, encoding="utf-8"))
-    print(f"\n{seconds['everything']:.0f} s. Look at {page.resolve()}")
+    print(f"\n{whole:.0f} s. Look at {page.resolve()}")
     return page

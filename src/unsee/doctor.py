@@ -54,7 +54,7 @@ def examine(
     flips: bool = False,
     batch_size: int = 640,
     seed: int = 0,
-    fisher_draws: int = 4,
+    fisher_draws: int = 2,
     fisher_examples: int = 2000,
 ) -> list[Finding]:
     """Checks everything that would make a long run fail late.

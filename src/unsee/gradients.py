@@ -116,7 +116,8 @@ def _linear_squares(
             one = torch.einsum("rto,rti->roi", b, a) if kind == "weight" else b.sum(1)
             gradient = one if gradient is None else gradient + one
         assert gradient is not None
-        total += gradient.double().square().sum(0)
+        # Squared and summed over a chunk in the network's own type, which is three times as fast.
+        total += gradient.square().sum(0)
     return total
 
 

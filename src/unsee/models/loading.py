@@ -33,7 +33,7 @@ def load_pipeline(source: str | Path, dtype: Dtype = "float32", device: str | No
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise ValueError(f"model {str(source)!r}: no such folder, and not a hub id like 'org/name'")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(source), torch_dtype=getattr(torch, dtype))
+        pipeline = DiffusionPipeline.from_pretrained(str(source), dtype=getattr(torch, dtype))
     except Exception as error:  # from_pretrained raises whatever its parts raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"model {str(source)!r} does not load: {reason}") from error
