@@ -20,7 +20,7 @@ from unsee.training.text_to_image import UNetRecipe, train_text_to_image
 from .conftest import make_data, make_null_text
 
 RECIPE = UNetRecipe(channels=(32,), snr_gamma=5.0)
-LONG = Optimization(steps=40, batch_size=4, warmup=5, learning_rate=2e-3, checkpoint_seconds=0)
+LONG = Optimization(steps=24, batch_size=4, warmup=5, learning_rate=2e-3, checkpoint_seconds=0)
 
 
 def train_in(directory: Path) -> list[torch.Tensor]:

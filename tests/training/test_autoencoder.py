@@ -21,7 +21,7 @@ from unsee.training.autoencoder import (
 from unsee.training.loop import Optimization, seeded_weights
 
 RECIPE = AutoencoderRecipe(resolution=16, channels=(8, 16), latent_channels=4)
-OPTIMIZATION = Optimization(steps=120, batch_size=8, learning_rate=4e-3, warmup=10)
+OPTIMIZATION = Optimization(steps=40, batch_size=8, learning_rate=4e-3, warmup=10, ema_decay=0.95)
 
 
 def make_pixels(n: int = 16) -> Tensor:
@@ -42,8 +42,8 @@ def test_training_improves_the_reconstruction_and_scales_latents(tmp_path: Path)
     model = train_autoencoder(pixels, RECIPE, OPTIMIZATION, tmp_path)
     after = psnr(model, pixels)
     assert after.shape == (16,)
-    # Measured: 5 dB untrained, 20 dB after; every picture gains.
-    assert float(after.mean()) > float(before.mean()) + 8
+    # Measured: 5.5 dB untrained, 19.8 dB after; every picture gains.
+    assert float(after.mean()) > float(before.mean()) + 10
     assert (after > before).all()
     assert not model.training
     scaled = encode(model, pixels, batch_size=5) * model.config["scaling_factor"]

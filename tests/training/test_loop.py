@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,9 +190,13 @@ def test_only_the_given_parameters_move(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"made with learning_rate = 0\.05; .* learning_rate = 0\.1:"):
+    with pytest.raises(
+        ValueError, match=r"made with learning_rate = 0\.05; .* learning_rate = 0\.1:"
+    ):
         run(tmp_path, dataclasses.replace(FAST, learning_rate=0.1))
-    with pytest.raises(ValueError, match=r"with seed = 0, width = \(8, 1\); .* seed = 1, width = 9:"):
+    with pytest.raises(
+        ValueError, match=r"with seed = 0, width = \(8, 1\); .* seed = 1, width = 9:"
+    ):
         run(tmp_path, dataclasses.replace(FAST, seed=1), description={"width": 9})
     with pytest.raises(ValueError, match=r"width = \(8, 1\); this run has width = None"):
         run(tmp_path, description={"other": None})
@@ -275,6 +280,7 @@ def test_a_terminal_gets_a_bar_with_an_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
     with os.fdopen(terminal, "w") as stream, os.fdopen(reader, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", stream)
         run(tmp_path / "emoji")

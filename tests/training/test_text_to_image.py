@@ -23,7 +23,7 @@ from unsee.training.text_to_image import (
 )
 
 from .conftest import make_data
-from .killed import train_in
+from .killed import LONG, train_in
 
 RECIPE = UNetRecipe(channels=(32,))
 SHORT = Optimization(steps=4, batch_size=4, warmup=1, learning_rate=2e-3)
@@ -58,7 +58,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path: Path)
     steps = [int(line) for line in killed.stdout.split()]
     assert steps == sorted(steps)
     # The last child may have had little left to do, but somewhere a kill fell into the run.
-    assert any(0 < step < 40 for step in steps)
+    assert any(0 < step < LONG.steps for step in steps)
     finished = train_in(tmp_path / "killed")  # reads the finished checkpoint
     assert same(finished, train_in(tmp_path / "whole"))
 
@@ -86,26 +86,26 @@ def test_a_checkpoint_of_other_data_is_refused(
 
 
 def test_training_lowers_the_loss(data: EncodedDataset, null_text: Tensor, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((10, 5, 4, 8, 8), generator=generator)
+    # Noise cannot be learnt in a moment; one colour for all can.
+    data._latents[:] = torch.tensor([2.0, -1.0, 0.5, -2.0])[None, :, None, None]
+    noise = torch.randn((10, 5, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     timesteps = torch.arange(100, 1000, 200).expand(10, 5)
 
     def loss(steps: int) -> float:
-        optimization = Optimization(steps=steps, batch_size=8, warmup=5, learning_rate=3e-3)
-        denoiser = train_text_to_image(
-            RECIPE, data, null_text, optimization, tmp_path / f"{steps}"
+        optimization = Optimization(
+            steps=steps, batch_size=8, warmup=5, learning_rate=3e-3, ema_decay=0.9
         )
+        denoiser = train_text_to_image(RECIPE, data, null_text, optimization, tmp_path / f"{steps}")
         assert not denoiser.network.training
         assert list(denoiser.parameters) == [n for n, _ in denoiser.network.named_parameters()]
         with torch.no_grad():
             text = data.text(range(10), 0)
             return float(denoiser.loss(data.latents(range(10)), text, timesteps, noise).mean())
 
-    # An untrained network is worse than one that predicts nothing at all (v has unit variance);
-    # measured: 1.26 before and 0.70 after 60 steps.
-    before, after = loss(0), loss(60)
-    assert before > 0.95
-    assert after < 0.85
+    # Measured: 1.77 untrained, 0.35 after 30 steps.
+    before, after = loss(0), loss(30)
+    assert before > 1.5
+    assert after < 0.6
 
 
 # -- leaving examples out -------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_what_is_left_out_is_never_looked_at(null_text: Tensor, tmp_path: Path) 
     # It is as if they had never been there.
     kept = make_data().select([f"example{i}" for i in (1, 2, 3, 5, 6, 7, 8)])
     assert same(zeros, weights_after(kept, null_text, tmp_path / "c"))
-    with pytest.raises(ValueError, match="not finite|nan"):
+    with pytest.raises(ValueError, match="training loss is nan"):
         weights_after(broken(float("nan")), null_text, tmp_path / "d")
 
 
@@ -146,7 +146,9 @@ def test_something_must_be_kept(data: EncodedDataset, null_text: Tensor, tmp_pat
 # -- a batch --------------------------------------------------------------------------------
 
 
-def test_captions_are_dropped_at_the_rate_asked_for(data: EncodedDataset, null_text: Tensor) -> None:
+def test_captions_are_dropped_at_the_rate_asked_for(
+    data: EncodedDataset, null_text: Tensor
+) -> None:
     rows = [i % 10 for i in range(4000)]
     generator = torch.Generator().manual_seed(0)
     _, text, _ = draw_batch(data, null_text, rows, 1000, 0.1, generator)
@@ -168,7 +170,9 @@ def test_no_dropout_drops_nothing(data: EncodedDataset, null_text: Tensor) -> No
     assert (text == data.text([5], 0)).all()
 
 
-def test_every_part_of_the_schedule_gets_a_timestep(data: EncodedDataset, null_text: Tensor) -> None:
+def test_every_part_of_the_schedule_gets_a_timestep(
+    data: EncodedDataset, null_text: Tensor
+) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack(
         [draw_batch(data, null_text, [0] * 4, 1000, 0.1, generator)[2] for _ in range(2000)]
@@ -184,9 +188,9 @@ def test_the_empty_prompt_must_look_like_a_caption(
 ) -> None:
     with pytest.raises(ValueError, match=r"is \(1, 16\), the captions' are \(12, 16\)"):
         weights_after(data, null_text[:1], tmp_path)
-    with pytest.raises(ValueError, match="caption_dropout = 1.5"):
+    with pytest.raises(ValueError, match=r"caption_dropout = 1\.5"):
         weights_after(data, null_text, tmp_path, caption_dropout=1.5)
-    with pytest.raises(ValueError, match="snr_gamma = 0.0"):
+    with pytest.raises(ValueError, match=r"snr_gamma = 0\.0"):
         weights_after(data, null_text, tmp_path, UNetRecipe(channels=(32,), snr_gamma=0.0))
 
 
@@ -219,7 +223,9 @@ def test_min_snr_weights_the_error_of_the_clean_latent(prediction_type: str) -> 
     assert torch.isfinite(both_sides).all()
 
 
-def test_the_weights_reach_the_loss(data: EncodedDataset, null_text: Tensor, tmp_path: Path) -> None:
+def test_the_weights_reach_the_loss(
+    data: EncodedDataset, null_text: Tensor, tmp_path: Path
+) -> None:
     def epsilon(name: str, gamma: float | None) -> list[Tensor]:
         recipe = UNetRecipe(channels=(32,), prediction_type="epsilon", snr_gamma=gamma)
         return weights_after(data, null_text, tmp_path / name, recipe)

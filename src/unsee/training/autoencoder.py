@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..data.dataset import ImageDataset
@@ -48,8 +48,11 @@ def load_pixels(data: ImageDataset, resolution: int) -> Tensor:
 
     pictures = []
     for example in data:
-        size = (resolution, resolution)
-        picture = ImageOps.fit(example.image, size, Image.Resampling.LANCZOS)
+        width, height = example.image.size
+        side = min(width, height)
+        left, upper = (width - side) // 2, (height - side) // 2
+        square = example.image.crop((left, upper, left + side, upper + side))
+        picture = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
         pictures.append(torch.from_numpy(np.asarray(picture).copy()))
     return torch.stack(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
@@ -122,7 +125,10 @@ def _fingerprint(pixels: Tensor) -> str:
 def encode(model: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
     """Returns the unscaled posterior modes [N, C, h, w] of `pixels`, on the CPU."""
     return torch.cat(
-        [model.encode(b.to(model.device)).latent_dist.mode().cpu() for b in pixels.split(batch_size)]
+        [
+            model.encode(b.to(model.device)).latent_dist.mode().cpu()
+            for b in pixels.split(batch_size)
+        ]
     )
 
 

@@ -88,7 +88,7 @@ class BatchOrder:
         ValueError: there is no example to train on.
     """
 
-    def __init__(self, keep: Tensor, batch_size: int, seed: int):
+    def __init__(self, keep: Tensor, batch_size: int, seed: int) -> None:
         if keep.numel() == 0:
             raise ValueError("the keep-mask leaves no example to train on")
         self.keep, self.batch_size, self.seed = keep, batch_size, seed
@@ -194,10 +194,12 @@ def train(
 class _Run:
     """What changes from step to step, and its checkpoint."""
 
-    def __init__(self, trained: list[nn.Parameter], optimization: Optimization):
+    def __init__(self, trained: list[nn.Parameter], optimization: Optimization) -> None:
         if not trained:
             raise ValueError("there is no parameter to train: none requires gradients")
-        narrow = next((p.dtype for p in trained if p.dtype in (torch.float16, torch.bfloat16)), None)
+        narrow = next(
+            (p.dtype for p in trained if p.dtype in (torch.float16, torch.bfloat16)), None
+        )
         if narrow is not None:
             raise ValueError(
                 f"the parameters to train are {narrow}, where small updates vanish: load the "

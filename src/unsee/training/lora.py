@@ -139,7 +139,7 @@ def _save(pipeline: Any, path: Path) -> Path:
         get_peft_model_state_dict(pipeline.unet, adapter_name=ADAPTER)
     )
     # The metadata hold alpha: without them, a reader takes it to be the rank. Sets are sorted, or
-    # equal weights would make different files.
+    # equal runs would write different metadata.
     about = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in pipeline.unet.peft_config[ADAPTER].to_dict().items()

