@@ -204,19 +204,24 @@ class AbU:
                 f"unlearning {query.id!r}: its loss has no gradient in the selected parameters"
             )
 
+        nearest = before
+
         def loss_at(size: float) -> float:
+            nonlocal nearest
             moved = {n: w + size * direction[n] for n, w in weights.items()}
             with self.model.replaced(moved):
-                return query_loss(self.model, query, self.query_draws)
+                value = query_loss(self.model, query, self.query_draws)
+            if abs(value - target) < abs(nearest - target):
+                nearest = value
+            return value
 
         low, high = 0.0, (target - before) / slope
+        value = loss_at(high)
         for _ in range(40):
-            value = loss_at(high)
             if not np.isfinite(value) or value >= target:
                 break
             low, high = high, 2 * high
-        else:
-            raise ValueError(f"unlearning {query.id!r}: no step raises its loss to {target:.4g}")
+            value = loss_at(high)
         size = high
         for _ in range(40):
             if np.isfinite(value) and abs(value - target) <= 0.01 * (target - before):
@@ -225,8 +230,8 @@ class AbU:
             size = 0.5 * (low + high)
             value = loss_at(size)
         raise ValueError(
-            f"unlearning {query.id!r}: no step brings its loss from {before:.6g} to {target:.6g}, "
-            "a rise too small for the precision of the model; use a larger one"
+            f"unlearning {query.id!r}: no step raises its loss from {before:.6g} to {target:.6g}, "
+            f"the nearest is {nearest:.6g}; use another rise, or other parameters"
         )
 
     def losses(self, rows: Sequence[int], weights: Weights | None = None) -> np.ndarray:
