@@ -91,8 +91,8 @@ def pictures(image_folder: Path) -> list[Image.Image]:
 
 
 def vae_input(picture: Image.Image) -> torch.Tensor:
-    values = torch.tensor(list(picture.getdata()), dtype=torch.float32).reshape(64, 64, 3)
-    return values.permute(2, 0, 1)[None] / 255 * 2 - 1
+    values = torch.tensor([[picture.getpixel((x, y)) for x in range(64)] for y in range(64)])
+    return values.permute(2, 0, 1)[None].float() / 255 * 2 - 1
 
 
 def test_latents_are_the_scaled_mode(tiny_model, pictures):
