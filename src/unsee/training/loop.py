@@ -163,32 +163,40 @@ def train(
     run.resume(checkpoint, settings)
 
     model.train()
+    try:
+        _take_steps(run, loss_of, order, checkpoint, settings)
+        run.ema.copy_to(run.trained)
+    finally:
+        model.eval()
+
+
+def _take_steps(
+    run: _Run,
+    loss_of: Callable[[Tensor, torch.Generator], Tensor],
+    order: BatchOrder,
+    checkpoint: Path,
+    settings: dict[str, Any],
+) -> None:
+    optimization, name = run.optimization, checkpoint.parent.name
     smooth: float | None = None
     saved = time.monotonic()
-    bar = tqdm(total=optimization.steps, initial=run.step, desc=directory.name, unit="step",
-               disable=None, file=sys.stderr)  # fmt: skip
-    try:
+    with tqdm(total=optimization.steps, initial=run.step, desc=name, unit="step",
+              disable=None, file=sys.stderr) as bar:  # fmt: skip
         while run.step < optimization.steps:
             seed = stable_seed(optimization.seed, "step", run.step)
             loss = loss_of(order.batch(run.step), torch.Generator().manual_seed(seed))
-            value = run.update(loss, where=directory)
+            value = run.update(loss, where=checkpoint.parent)
             smooth = value if smooth is None else 0.99 * smooth + 0.01 * value
             bar.update()
             if run.step % 20 == 0:
                 bar.set_postfix(loss=f"{smooth:.4f}")
             if run.step % 500 == 0 and bar.disable:
-                logger.info(
-                    "%s: step %d of %d, loss %.4f",
-                    directory.name, run.step, optimization.steps, smooth,
-                )  # fmt: skip
+                done, total = run.step, optimization.steps
+                logger.info("%s: step %d of %d, loss %.4f", name, done, total, smooth)
             due = time.monotonic() - saved > optimization.checkpoint_seconds
             if due or run.step == optimization.steps:
                 run.save(checkpoint, settings)
                 saved = time.monotonic()
-        run.ema.copy_to(run.trained)
-    finally:
-        bar.close()
-        model.eval()
 
 
 class _Run:

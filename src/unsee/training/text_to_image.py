@@ -117,16 +117,7 @@ def train_denoiser(
         ValueError: a setting is out of range, `null_text` has another shape than the captions,
             the checkpoint belongs to other settings, or the loss is not finite.
     """
-    if not 0 <= caption_dropout < 1:
-        raise ValueError(f"caption_dropout = {caption_dropout} must be in [0, 1)")
-    if snr_gamma is not None and not snr_gamma > 0:
-        raise ValueError(f"snr_gamma = {snr_gamma} must be positive, or None to weight all alike")
-    shape = data.text([int(keep[0])], 0).shape[1:] if len(keep) else null_text.shape
-    if null_text.shape != shape:
-        raise ValueError(
-            f"the empty prompt's text state is {tuple(null_text.shape)}, the captions' are "
-            f"{tuple(shape)}: encode both with the same text encoder"
-        )
+    _check(data, null_text, keep, caption_dropout, snr_gamma)
     alphas = denoiser.schedule.alphas_cumprod.double()
     snr = alphas / (1 - alphas)
 
@@ -152,6 +143,25 @@ def train_denoiser(
     }
     order = BatchOrder(keep, optimization.batch_size, optimization.seed)
     train(denoiser.network, loss_of, order, optimization, directory, settings, parameters)
+
+
+def _check(
+    data: EncodedExamples,
+    null_text: Tensor,
+    keep: Tensor,
+    caption_dropout: float,
+    snr_gamma: float | None,
+) -> None:
+    if not 0 <= caption_dropout < 1:
+        raise ValueError(f"caption_dropout = {caption_dropout} must be in [0, 1)")
+    if snr_gamma is not None and not snr_gamma > 0:
+        raise ValueError(f"snr_gamma = {snr_gamma} must be positive, or None to weight all alike")
+    shape = data.text([int(keep[0])], 0).shape[1:] if len(keep) else null_text.shape
+    if null_text.shape != shape:
+        raise ValueError(
+            f"the empty prompt's text state is {tuple(null_text.shape)}, the captions' are "
+            f"{tuple(shape)}: encode both with the same text encoder"
+        )
 
 
 def draw_batch(
