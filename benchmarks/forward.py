@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own chatter
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
 
 import argparse
 import dataclasses
 import inspect
 import json
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,6 +37,7 @@ from scoring import (
     score,
     time_by_operation,
 )
+from workers import finished, released, start
 
 from unsee.methods.forward import forward_losses
 
@@ -65,11 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--threads", type=int, default=processors(), help="at most; all processors by default"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes every number there")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.worker:
-        print(json.dumps(work(json.loads(options.worker))), flush=True)
-        return 0
     began = time.perf_counter()
     report: dict[str, Any] = {"machine": machine()}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
@@ -101,6 +97,48 @@ def machine() -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What turns forward passes per second into everything else.
+
+    Attributes:
+        useful: FLOPs of a pass.
+        peak: FLOP/s of matrix products.
+        passes: of one picture.
+    """
+
+    useful: float
+    peak: float
+    passes: int
+
+    def numbers(self, rate: float) -> dict[str, float]:
+        """Returns what a number of passes per second amounts to."""
+        return {
+            "passes_per_second": rate,
+            "images_per_second": rate / self.passes,
+            "gflops": rate * self.useful / 1e9,
+            "share_of_peak": rate * self.useful / self.peak,
+        }
+
+    def line(self, what: str, rate: float, *ratios: float | None) -> dict[str, float]:
+        """Prints one line of the table and returns its numbers."""
+        n = self.numbers(rate)
+        print(
+            f"{what:40s}{rate:9.1f}{n['images_per_second']:10.2f}{n['gflops']:9.1f}"
+            f"{n['share_of_peak']:9.1%}" + "".join(f"{r:11.2f}" for r in ratios if r is not None)
+        )
+        return n
+
+
+HEADING = f"\n{'':40s} passes/s  images/s  GFLOP/s  of peak"
+
+
+def judge(rates: list[float], scale: Scale, dtype: str) -> None:
+    """Prints whether the best of some speeds reaches the aim."""
+    reached, aim = scale.numbers(max(rates))["share_of_peak"], AIMS[dtype]
+    print(f"aim {aim:.0%} of peak: {'reached' if reached >= aim else 'missed'} ({reached:.1%})")
+
+
 # -- float32 ------------------------------------------------------------------------------------
 
 
@@ -115,78 +153,75 @@ def float32(case: Case, threads: int, seconds: float) -> dict[str, Any]:
         f"values of the text {flops.text / 1e9:.4f}; "
         f"useful at {case.draws} draws: {useful / 1e9:.4f}"
     )
-    sizes = sorted({*case.sizes})
-    middle = Setting(sizes[len(sizes) // 2 - 1])
-    plain = [Setting(n) for n in sizes]
-    last = [dataclasses.replace(s, layout="channels_last") for s in plain]
-    other = [
+    peak = matmul_peak(torch.float32, threads, load=load)
+    timings = compare(denoiser, case, settings_of(case), threads, seconds)
+    best = min(timings, key=lambda timing: timing.best).setting
+    single = compare(denoiser, case, [best], 1, seconds / 20)[0]
+    peak = max(peak, matmul_peak(torch.float32, threads, load=load))
+    scale = Scale(useful, peak, case.captions * case.draws)
+    alone = dataclasses.replace(scale, peak=matmul_peak(torch.float32, 1))
+    print(f"matrix products: {peak / 1e9:.1f} GFLOP/s on {threads} threads, "
+          f"{alone.peak / 1e9:.1f} on 1")  # fmt: skip
+    if load.share < 0.95:
+        print(f"!! other programs run here: this one got {load.share:.0%} of the processors, and "
+              "its numbers are not to be quoted")  # fmt: skip
+    print(f"{HEADING} to default   to plain")
+    rows = [row(timing, timings, scale) for timing in timings]
+    rows.append({**scale_row(f"{words(best)}, 1 thread", single, alone), "threads": 1})
+    result = {
+        "gflop_per_pass": flops.total / 1e9,
+        "gflop_text": flops.text / 1e9,
+        "gflop_useful": useful / 1e9,
+        "matmul_peak_gflops": peak / 1e9,
+        "matmul_peak_gflops_one_thread": alone.peak / 1e9,
+        "processor_share": load.share,
+        "settings": rows,
+        "processes": processes(case, best, threads, scale),
+        "forward_losses": whole(case, denoiser, best, threads, scale),
+    }
+    with laid_out(denoiser, best.layout):
+        result["operations"] = operations(case, denoiser, best, peak)
+    return result
+
+
+def settings_of(case: Case) -> list[Setting]:
+    """Returns every batch size in both layouts, then one size in other ways."""
+    plain = [Setting(n) for n in case.sizes]
+    middle = plain[len(plain) // 2 - 1]
+    return [
+        *plain,
+        *(dataclasses.replace(setting, layout="channels_last") for setting in plain),
         dataclasses.replace(middle, attention="math"),
         dataclasses.replace(middle, attention="explicit"),
         dataclasses.replace(middle, share_text=False),
         dataclasses.replace(middle, inference=True),
     ]
-    peak = matmul_peak(torch.float32, threads, load=load)
-    timings = compare(denoiser, case, plain + last + other, threads, seconds)
-    best = min(timings, key=lambda timing: timing.best).setting
-    singles = compare(denoiser, case, [best], 1, seconds / 20)
-    peak = max(peak, matmul_peak(torch.float32, threads, load=load))
-    single_peak = matmul_peak(torch.float32, 1)
-    result: dict[str, Any] = {
-        "gflop_per_pass": flops.total / 1e9,
-        "gflop_text": flops.text / 1e9,
-        "gflop_useful": useful / 1e9,
-        "matmul_peak_gflops": {threads: peak / 1e9, 1: single_peak / 1e9},
-        "processor_share": load.share,
-    }
-    print(f"matrix products: {peak / 1e9:.1f} GFLOP/s on {threads} threads, "
-          f"{single_peak / 1e9:.1f} on 1")  # fmt: skip
-    if load.share < 0.95:
-        print(f"!! other programs run here: this one got {load.share:.0%} of the processors, and "
-              "its numbers are not to be quoted")  # fmt: skip
-    print(f"\n{'passes at once, layout, ...':42s}passes/s  images/s  GFLOP/s  of peak  to default")
-    reference = timings[sizes.index(min(sizes, key=lambda n: abs(n - DEFAULT_PASSES)))]
-    per_image = case.captions * case.draws
-    result["settings"] = [
-        row(timing, reference, useful, peak, per_image, threads) for timing in timings
-    ] + [row(singles[0], None, useful, single_peak, per_image, 1)]
-    result["processes"] = processes(case, best, threads, useful, peak, per_image)
-    with laid_out(denoiser, best.layout):
-        result["forward_losses"] = whole(case, denoiser, best, threads, useful, peak)
-        result["operations"] = operations(case, denoiser, best, peak)
-    return result
 
 
-def row(
-    timing: Timing,
-    reference: Timing | None,
-    useful: float,
-    peak: float,
-    per_image: int,
-    threads: int,
-) -> dict[str, Any]:
+def words(setting: Setting) -> str:
+    """Says how a setting differs from the plain one of its size."""
+    parts = [f"{setting.passes:4d} passes"]
+    parts += [] if setting.layout == "contiguous" else [setting.layout]
+    parts += [] if setting.attention == "default" else [f"{setting.attention} attention"]
+    parts += [] if setting.share_text else ["text not shared"]
+    parts += ["inference_mode"] if setting.inference else []
+    return ", ".join(parts)
+
+
+def row(timing: Timing, timings: list[Timing], scale: Scale) -> dict[str, Any]:
+    """Prints one line about a setting, against the default and the plain one of its size."""
+    plain = [other for other in timings if other.setting == Setting(other.setting.passes)]
+    default = min(plain, key=lambda other: abs(other.setting.passes - DEFAULT_PASSES))
+    same = next(other for other in plain if other.setting.passes == timing.setting.passes)
+    ratios = paired_ratio(timing, default), paired_ratio(timing, same)
+    row = scale_row(words(timing.setting), timing, scale, *ratios)
+    return {**row, "speed_to_default": ratios[0], "speed_to_plain": ratios[1]}
+
+
+def scale_row(what: str, timing: Timing, scale: Scale, *ratios: float) -> dict[str, Any]:
     """Prints one line about a setting and returns it."""
-    setting = timing.setting
-    words = [f"{setting.passes:4d}", setting.layout]
-    words += [] if setting.attention == "default" else [f"{setting.attention} attention"]
-    words += [] if setting.share_text else ["text not shared"]
-    words += ["inference_mode"] if setting.inference else []
-    words += ["1 thread"] if threads == 1 else []
-    ratio = paired_ratio(timing, reference) if reference else None
-    rate = 1 / timing.best
-    print(
-        f"{' '.join(words):42s}{rate:8.1f}{rate / per_image:10.2f}{rate * useful / 1e9:9.1f}"
-        f"{rate * useful / peak:9.1%}" + (f"{ratio:9.2f}x" if ratio else "")
-    )
-    return {
-        **dataclasses.asdict(setting),
-        "threads": threads,
-        "passes_per_second": rate,
-        "images_per_second": rate / per_image,
-        "gflops": rate * useful / 1e9,
-        "share_of_peak": rate * useful / peak,
-        "speed_to_default": ratio,
-        "rounds": timing.rounds,
-    }
+    numbers = scale.line(what, 1 / timing.best, *ratios)
+    return {**dataclasses.asdict(timing.setting), **numbers, "rounds": timing.rounds}
 
 
 def paired_ratio(timing: Timing, reference: Timing) -> float:
@@ -196,23 +231,16 @@ def paired_ratio(timing: Timing, reference: Timing) -> float:
 
 
 def whole(
-    case: Case, denoiser: Any, best: Setting, threads: int, useful: float, peak: float
+    case: Case, denoiser: Any, best: Setting, threads: int, scale: Scale
 ) -> list[dict[str, Any]]:
     """Prints and returns the speed of `forward_losses` itself, draws and bookkeeping included."""
     rows = []
-    for passes in sorted({best.passes, DEFAULT_PASSES}):
-        rate = 1 / end_to_end(denoiser, case, passes, threads)
-        rows.append({
-            "batch_size": passes,
-            "layout": best.layout,
-            "passes_per_second": rate,
-            "share_of_peak": rate * useful / peak,
-        })  # fmt: skip
-        print(f"forward_losses, batch_size={passes}, {best.layout}: {rate:.1f} passes/s, "
-              f"{rate * useful / peak:.1%} of peak")  # fmt: skip
-    reached = max(entry["share_of_peak"] for entry in rows)
-    aim = AIMS["float32"]
-    print(f"aim {aim:.0%} of peak: {'reached' if reached >= aim else 'missed'} ({reached:.1%})")
+    for setting in (Setting(DEFAULT_PASSES), Setting(best.passes, best.layout)):
+        with laid_out(denoiser, setting.layout):
+            rate = 1 / end_to_end(denoiser, case, setting.passes, threads)
+        numbers = scale.line(f"forward_losses,{words(setting)}", rate)
+        rows.append({"batch_size": setting.passes, "layout": setting.layout, **numbers})
+    judge([entry["passes_per_second"] for entry in rows], scale, "float32")
     return rows
 
 
@@ -243,9 +271,7 @@ def operations(case: Case, denoiser: Any, best: Setting, peak: float) -> list[di
 # -- other processes ----------------------------------------------------------------------------
 
 
-def processes(
-    case: Case, best: Setting, threads: int, useful: float, peak: float, per_image: int
-) -> list[dict[str, Any]]:
+def processes(case: Case, best: Setting, threads: int, scale: Scale) -> list[dict[str, Any]]:
     """Prints and returns the throughput of one process on all processors and of one on each.
 
     Both are fresh processes that work for the same time, so that they may be compared.
@@ -258,79 +284,9 @@ def processes(
         for process in running:
             process.stdout.readline()  # type: ignore[union-attr]  # loaded and warm
         rate = sum(json.loads(process.communicate()[0]) for process in released(running))
-        rows.append({"processes": count, "threads": each, "passes_per_second": rate,
-                     "share_of_peak": rate * useful / peak})  # fmt: skip
-        print(f"{f'{count} process(es) of {each} thread(s)':42s}{rate:8.1f}{rate / per_image:10.2f}"
-              f"{rate * useful / 1e9:9.1f}{rate * useful / peak:9.1%}")  # fmt: skip
+        numbers = scale.line(f"{count} process(es) of {each} thread(s)", rate)
+        rows.append({"processes": count, "threads": each, **numbers})
     return rows
-
-
-def start(spec: dict[str, Any]) -> subprocess.Popen[str]:
-    """Starts a process that does one piece of work."""
-    return subprocess.Popen(
-        [sys.executable, __file__, "--worker", json.dumps(spec)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(spec["threads"])},
-    )
-
-
-def released(running: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
-    """Lets all of some waiting processes go at once."""
-    for process in running:
-        process.stdin.write("go\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-    return running
-
-
-def finished(process: subprocess.Popen[str], limit: float) -> Any | None:
-    """Returns the last line that a process prints, or None where it takes too long."""
-    try:
-        out, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return None
-    if process.returncode:
-        raise RuntimeError(f"the measuring process ended with code {process.returncode}")
-    return json.loads(out.splitlines()[-1])
-
-
-def work(spec: dict[str, Any]) -> Any:
-    """Does what another process of this benchmark asks for."""
-    torch.set_num_threads(spec["threads"])
-    if spec["task"] == "products":
-        # Small ones: without hardware a product of 2,048 rows would take minutes.
-        return {
-            name: matmul_peak(getattr(torch, name), spec["threads"], (256,), 0.05) for name in AIMS
-        }
-    case = CASES[spec["model"]]
-    if spec["task"] == "throughput":
-        return throughput(case, Setting(**spec["setting"]), spec["seconds"])
-    denoiser = case.build(torch.bfloat16)
-    settings = [
-        Setting(n, layout) for n in case.sizes for layout in ("contiguous", "channels_last")
-    ]
-    peak = matmul_peak(torch.bfloat16, spec["threads"])
-    timings = compare(denoiser, case, settings, spec["threads"], spec["seconds"])
-    return {"peak": peak, "rounds": [timing.rounds for timing in timings],
-            "settings": [dataclasses.asdict(timing.setting) for timing in timings]}  # fmt: skip
-
-
-def throughput(case: Case, setting: Setting, seconds: float) -> float:
-    """Returns passes per second over some seconds, which begin when the parent process says so."""
-    denoiser = case.build()
-    batch = case.batch(setting.passes // case.draws)
-    with laid_out(denoiser, setting.layout):
-        score(denoiser, case.batch(1), setting)
-        print("ready", flush=True)
-        sys.stdin.readline()
-        calls, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            score(denoiser, batch, setting)
-            calls += 1
-        return calls * setting.passes / (time.perf_counter() - began)
 
 
 def bfloat16(models: list[str], threads: int, seconds: float) -> dict[str, Any]:
@@ -343,7 +299,8 @@ def bfloat16(models: list[str], threads: int, seconds: float) -> dict[str, Any]:
         print(lack)
         return result
     for name in models:
-        spec = {"task": "bfloat16", "model": name, "threads": threads, "seconds": seconds}
+        spec = {"task": "settings", "model": name, "dtype": "bfloat16",
+                "threads": threads, "seconds": seconds}  # fmt: skip
         measured = finished(start(spec), seconds + BFLOAT16_LIMIT)
         if measured is None:
             print(f"{name}: more than {seconds + BFLOAT16_LIMIT:.0f} s: given up")
@@ -376,15 +333,14 @@ def bfloat16_rows(case: Case, measured: dict[str, Any], threads: int) -> list[di
     denoiser = case.build()
     latents, text, _, _ = case.batch(1)
     useful = pass_flops(denoiser.network, latents[:1], text[:1]).useful(case.draws)
-    peak, per_image = measured["peak"], case.captions * case.draws
-    timings = [
-        Timing(Setting(**setting), rounds)
+    scale = Scale(useful, measured["peak"], case.captions * case.draws)
+    print(f"\n{case.name}: matrix products {scale.peak / 1e9:.1f} GFLOP/s on {threads} threads")
+    print(HEADING)
+    rows = [
+        scale_row(words(Setting(**setting)), Timing(Setting(**setting), rounds), scale)
         for setting, rounds in zip(measured["settings"], measured["rounds"], strict=True)
     ]
-    print(f"{case.name}: matrix products {peak / 1e9:.1f} GFLOP/s on {threads} threads")
-    rows = [row(timing, None, useful, peak, per_image, threads) for timing in timings]
-    reached, aim = max(entry["share_of_peak"] for entry in rows), AIMS["bfloat16"]
-    print(f"aim {aim:.0%} of peak: {'reached' if reached >= aim else 'missed'} ({reached:.1%})")
+    judge([entry["passes_per_second"] for entry in rows], scale, "bfloat16")
     return rows
 
 

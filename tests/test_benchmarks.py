@@ -24,7 +24,10 @@ def modules() -> dict[str, ModuleType]:
         pytest.skip("no benchmarks beside these tests")
     sys.path.insert(0, str(FOLDER))
     try:
-        return {name: importlib.import_module(name) for name in ("flops", "scoring", "forward")}
+        return {
+            name: importlib.import_module(name)
+            for name in ("flops", "scoring", "workers", "forward")
+        }
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -170,12 +173,12 @@ def test_ratio_pairs_the_rounds(modules):
 
 
 def test_product_of_a_process_of_its_own_or_none_in_time(modules):
-    forward = modules["forward"]
-    speeds = forward.finished(forward.start({"task": "products", "threads": 1}), 300)
+    workers = modules["workers"]
+    speeds = workers.finished(workers.start({"task": "products", "threads": 1}), 300)
     assert set(speeds) == {"float32", "bfloat16"}
     assert all(speed > 0 for speed in speeds.values())
     # A hundredth of a second does not even start Python and PyTorch.
-    assert forward.finished(forward.start({"task": "products", "threads": 1}), 0.01) is None
+    assert workers.finished(workers.start({"task": "products", "threads": 1}), 0.01) is None
 
 
 def test_emulated_bfloat16_is_recognised(modules):
