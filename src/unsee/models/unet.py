@@ -166,6 +166,11 @@ class UNetDenoiser(Denoiser):
         """Says once what the text encoder does not see."""
         tokenizer = self._pipeline().tokenizer
         limit = tokenizer.model_max_length
+        if limit > 1_000_000:  # what transformers puts where a tokenizer has no limit
+            raise ValueError(
+                "the tokenizer has no model_max_length, to which the pipeline pads every prompt: "
+                "set it to the number of tokens that the text encoder takes"
+            )
         with _quiet("transformers"):
             tokens = tokenizer(list(prompts)).input_ids
         long = [ids for ids in tokens if len(ids) > limit]
