@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from tests.methods.conftest import examples
+from tests.models.test_unet import build
 from tests.reference import unlearning as reference
 from tests.reference.denoising import denoising_losses
 from tests.reference.gradients import row_gradients
@@ -33,28 +35,61 @@ def boxed(query):
 # -- gradients and curvature of the real network ------------------------------------------------
 
 
-@pytest.mark.parametrize("parameters", ["cross-attn-kv", "attn"])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_the_fisher_is_the_mean_over_examples_captions_and_draws(double, parameters, batch_size):
-    model = UNetDenoiser(double.model.network, double.model.schedule, parameters)
-    few, draws = double.data.select(FEW[:2]), Draws(seed=9, n=2)
-    fisher = fit_diagonal_fisher(model, few, draws, batch_size)
-    assert fisher.count == 3 * 2
-    assert list(fisher.values) == list(model.parameters)
+def slow_fisher(model, data, draws):
+    """Mean over examples, captions and draws of squared gradients, one at a time."""
     squares = {name: torch.zeros_like(p) for name, p in model.parameters.items()}
-    for row, caption in ((0, 0), (1, 0), (1, 1)):
-        latents, text = few.latents([row]).double(), few.text([row], caption).double()
-        t, e = draws.of(few.ids[row], (4, 8, 8), caption)
+    count = 0
+    for row in range(len(data.ids)):
+        for caption in range(data.caption_counts[row]):
+            latents, text = data.latents([row]).double(), data.text([row], caption).double()
+            t, e = draws.of(data.ids[row], (4, 8, 8), caption)
 
-        def losses(x=latents, c=text, t=t, e=e):
-            found = denoising_losses(model.network, model.schedule, x, c, t[None], e[None].double())
-            return found[0]
+            def losses(x=latents, c=text, t=t, e=e):
+                inputs = (x, c, t[None], e[None].double())
+                return denoising_losses(model.network, model.schedule, *inputs)[0]
 
-        for name, gradient in row_gradients(losses, model.parameters).items():
-            squares[name] += gradient.square().sum(0)
+            for name, gradient in row_gradients(losses, model.parameters).items():
+                squares[name] += gradient.square().sum(0)
+            count += draws.n
+    return {name: total / count for name, total in squares.items()}
+
+
+def assert_same_fisher(fisher, expected):
+    assert list(fisher.values) == list(expected)
     for name, value in fisher.values.items():
         # float64; a Fisher of exactly zero in theory (a key's bias) is 1e-30 in practice
-        torch.testing.assert_close(value, squares[name] / 6, rtol=1e-9, atol=1e-25)
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-25, msg=name)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_the_fisher_is_the_mean_over_examples_captions_and_draws(double, batch_size):
+    few, draws = double.data.select(FEW[:2]), Draws(seed=9, n=2)
+    fisher = fit_diagonal_fisher(double.model, few, draws, batch_size)
+    assert fisher.count == 3 * 2  # one caption and two, two draws
+    assert_same_fisher(fisher, slow_fisher(double.model, few, draws))
+
+
+@pytest.mark.parametrize("parameters", ["attn", "all"])
+def test_the_fisher_of_other_selections(double, parameters):
+    """Convolutions and norms take one backward pass for each row."""
+    model = UNetDenoiser(double.model.network, double.model.schedule, parameters)
+    few, draws = double.data.select(FEW[:2]), Draws(seed=9, n=1)
+    fisher = fit_diagonal_fisher(model, few, draws)
+    assert_same_fisher(fisher, slow_fisher(model, few, draws))
+
+
+def test_the_fisher_of_a_lora(data):
+    peft = pytest.importorskip("peft")
+    network = build(prediction="v_prediction").network
+    network.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    )
+    model = UNetDenoiser(network.double(), DDPMScheduler(), parameters="lora")
+    few, draws = data.select(FEW[:2]), Draws(seed=9, n=1)
+    fisher = fit_diagonal_fisher(model, few, draws)
+    assert len(fisher.values) == 2 * 2 * 2 * 7  # A and B, K and V, self and cross, 7 transformers
+    assert all(v.any() for n, v in fisher.values.items() if "attn2" in n)
+    assert_same_fisher(fisher, slow_fisher(model, few, draws))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

@@ -194,6 +194,12 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny_model, caplog, cap
     assert "truncated" not in capfd.readouterr().err  # the libraries' own words are silenced
 
 
+def test_a_tokenizer_without_a_limit_is_refused(tiny_model):
+    tiny_model.pipeline.tokenizer.model_max_length = int(1e30)
+    with pytest.raises(ValueError, match="the tokenizer has no model_max_length"):
+        tiny_model.encode_prompts(["a red square"])
+
+
 # -- generation ---------------------------------------------------------------------------------
 
 
