@@ -116,8 +116,10 @@ def _linear_squares(
             one = torch.einsum("rto,rti->roi", b, a) if kind == "weight" else b.sum(1)
             gradient = one if gradient is None else gradient + one
         assert gradient is not None
-        # Squared and summed over a chunk in the network's own type, which is three times as fast.
-        total += gradient.square().sum(0)
+        # Squared in the network's own type, which is three times as fast as in float64; relative
+        # to the largest, so that the squares of small gradients do not underflow.
+        scale = gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
+        total += (gradient / scale).square().sum(0).double() * scale.double().square()
     return total
 
 
