@@ -113,8 +113,9 @@ def lora(
         pipeline, encoded, null_text, optimization, out,
         rank=rank, leave_out=leave_out, caption_dropout=caption_dropout,
     )  # fmt: skip
+    # No loss: the adapter is off again, and the base model's would pass for the adapter's.
     _record(out, data, None, optimization, rank=rank, caption_dropout=caption_dropout,
-            left_out=len(leave_out), loss=training_loss(denoiser, encoded))  # fmt: skip
+            left_out=len(leave_out))  # fmt: skip
     return out
 
 
