@@ -234,7 +234,8 @@ def unlearn(
     Args:
         experiment: what is unlearned, and how far.
         micro_batches: draws of each step and micro-batch.
-        batch_size: passes at once.
+        batch_size: forward passes at once; a quarter as many where there are gradients, which
+            need several times the memory.
         checkpoint: file that a killed run continues from, to the same bits.
 
     Returns:
@@ -257,7 +258,8 @@ def unlearn(
     while at.step < config.steps:
         with _float64(model.network), model.replaced(at.weights):
             while at.done < config.grad_accum:
-                gradient = experiment.gradient(*micro_batches(at.step, at.done), batch_size)
+                draws = micro_batches(at.step, at.done)
+                gradient = experiment.gradient(*draws, max(1, batch_size // 4))
                 at.total = {n: at.total[n] + g if at.done else g for n, g in gradient.items()}
                 at.done += 1
                 bar.update(config.unlearn_batch)
