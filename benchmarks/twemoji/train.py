@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from recipe import EPOCHS, optimization, RECIPE
+from recipe import EPOCHS, RECIPE, optimization
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from ..draws import stable_seed
 
@@ -78,3 +80,92 @@ def plan(ids: Sequence[str], subsets: int = 64, twice: int = 16) -> list[Run]:
         if place < twice:
             runs.append(Run(f"half-{number:02d}-1", keep, 1, number))
     return runs
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What models that were trained on subsets say about the queries.
+
+    Attributes:
+        masks: [M, N] bool, which examples each subset holds.
+        numbers: [M], the subsets' numbers, from 1.
+        losses: [M, Q] float64, loss of each query, averaged over timesteps and training seeds.
+        first: [T, Q] float64, losses of the subsets that were trained twice, first seed.
+        second: [T, Q] float64, the same subsets, second seed.
+    """
+
+    masks: np.ndarray
+    numbers: np.ndarray
+    losses: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+
+    def half(self, tune: bool, subsets: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (masks, losses) of the subsets that methods are tuned on, or judged on."""
+        chosen = (self.numbers <= subsets // 2) == tune
+        return self.masks[chosen], self.losses[chosen]
+
+
+def read_outcomes(path: Path, ids: Sequence[str], query_ids: Sequence[str]) -> Outcomes:
+    """Reads the outcomes of the models that are trained so far.
+
+    Args:
+        path: Parquet with a row for each run, query and part of the noise schedule.
+        ids: of all examples of the benchmark's data set, in order.
+        query_ids: of the benchmark's queries, in order.
+
+    Raises:
+        ValueError: no such file, outcomes of other queries or another data set, or a loss that
+            is missing or not finite.
+    """
+    if not path.is_file():
+        raise ValueError(f"outcomes {str(path)!r}: no such file; make them with benchmarks/twemoji")
+    table = pq.read_table(path)
+    made_of = (table.schema.metadata or {}).get(b"examples", b"").decode()
+    if made_of != (here := fingerprint_of(ids)):
+        raise ValueError(
+            f"outcomes {str(path)!r} are of another data set (examples {made_of or 'unknown'}, "
+            f"here {here}): install the version of the data that the benchmark names"
+        )
+    column = {q: i for i, q in enumerate(query_ids)}
+    runs = {r.name: r for r in plan(ids)}
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
+    for row in table.to_pylist():
+        if row["query"] not in column or row["run"] not in runs:
+            what = row["query"] if row["query"] not in column else row["run"]
+            raise ValueError(f"outcomes {str(path)!r}: {what!r} is not of this benchmark")
+        at = column[row["query"]]
+        sums.setdefault(row["run"], np.zeros(len(column)))[at] += row["loss"]
+        counts.setdefault(row["run"], np.zeros(len(column)))[at] += 1
+    means = {name: sums[name] / np.maximum(counts[name], 1) for name in sums}
+    for name, mean in means.items():
+        if not np.isfinite(mean).all() or not counts[name].all():
+            raise ValueError(f"outcomes {str(path)!r}: run {name} has no finite loss of a query")
+    return _arranged(means, runs, len(ids))
+
+
+def _arranged(means: dict[str, np.ndarray], runs: dict[str, Run], examples: int) -> Outcomes:
+    by_subset: dict[int, dict[int, str]] = {}
+    for name in means:
+        if runs[name].subset:
+            by_subset.setdefault(runs[name].subset, {})[runs[name].seed] = name
+    numbers = sorted(by_subset)
+    masks = np.zeros((len(numbers), examples), dtype=bool)
+    for place, number in enumerate(numbers):
+        masks[place, list(runs[next(iter(by_subset[number].values()))].keep)] = True
+    losses = [np.mean([means[n] for n in by_subset[m].values()], axis=0) for m in numbers]
+    both = [m for m in numbers if len(by_subset[m]) == 2]
+    width = len(next(iter(means.values()))) if means else 0
+    return Outcomes(
+        masks,
+        np.array(numbers),
+        np.array(losses).reshape(len(numbers), width),
+        np.array([means[by_subset[m][0]] for m in both]).reshape(len(both), width),
+        np.array([means[by_subset[m][1]] for m in both]).reshape(len(both), width),
+    )
+
+
+def fingerprint_of(ids: Sequence[str]) -> str:
+    """Returns a short hash of the ids, in order."""
+    return f"{stable_seed('examples', *ids):016x}"
