@@ -101,6 +101,23 @@ class Denoiser(ABC):
         """
 
     @abstractmethod
+    def predict(
+        self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the network says and what it should have said, for B examples on D draws each.
+
+        Args:
+            latents: [B, C, h, w].
+            text: [B, T, D_text].
+            timesteps: [B, D] int64.
+            noise: [B, D, C, h, w].
+
+        Returns:
+            outputs and targets, both [B, D, C, h, w], float32 (float64 for a float64 network);
+            outputs are differentiable in the parameters.
+        """
+
+    @abstractmethod
     def generate(
         self, prompt: str, seed: int, steps: int = 50, guidance_scale: float = 7.5
     ) -> Query:

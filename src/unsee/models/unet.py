@@ -193,6 +193,17 @@ class UNetDenoiser(Denoiser):
         mask: Tensor | None = None,
     ) -> Tensor:
         """See `Denoiser.loss`. Keys and values of the text are computed once for all D draws."""
+        predicted, target = self.predict(latents, text, timesteps, noise)
+        error = (predicted - target).square()
+        if mask is None:
+            return error.mean(dim=(2, 3, 4))
+        m = mask.to(error)
+        return (error * m).sum(dim=(2, 3, 4)) / (m.sum() * error.shape[2])
+
+    def predict(
+        self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Denoiser.predict`."""
         parameter = next(self.network.parameters())
         draws = timesteps.shape[1]
         to = {"device": parameter.device, "dtype": parameter.dtype}
@@ -209,13 +220,9 @@ class UNetDenoiser(Denoiser):
             predicted = self.network(
                 noisy, flat_timesteps, encoder_hidden_states=text, return_dict=False
             )[0]
-        error = (predicted.to(wide) - self._target(clean, noise, flat_timesteps)).square()
-        if mask is None:
-            loss = error.mean(dim=(1, 2, 3))
-        else:
-            m = mask.to(error)
-            loss = (error * m).sum(dim=(1, 2, 3)) / (m.sum() * error.shape[1])
-        return loss.unflatten(0, timesteps.shape)
+        target = self._target(clean, noise, flat_timesteps)
+        shape = timesteps.shape
+        return predicted.to(wide).unflatten(0, shape), target.unflatten(0, shape)
 
     def _add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         signal, sigma = self._coefficients(timesteps, clean)
