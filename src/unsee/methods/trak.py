@@ -11,7 +11,7 @@ def trak_scores(kernel: np.ndarray, cross: np.ndarray, ridge: float) -> np.ndarr
     """Scores a query by its gradient and the regularised kernel of the examples'.
 
     With Φ the gradients of the N examples [N, P] and φ the query's [P], the score is
-    Φ(ΦᵀΦ + λI)⁻¹φ = (ΦΦᵀ + λI)⁻¹Φφ: with the N×N kernel it needs no projection ("TRAK", Park et
+    Φ(ΦᵀΦ + λI)⁻¹φ = (ΦΦᵀ + λI)⁻¹Φφ: with the N by N kernel it needs no projection ("TRAK", Park et
     al., ICML 2023; "D-TRAK", Zheng et al., ICLR 2024, which differentiates the output's norm
     instead of the loss). The factor Q of the original is 1 for diffusion losses.
 
