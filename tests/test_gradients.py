@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference import gradients as reference
-from unsee.gradients import mean_gradient, squared_gradients
+from unsee.gradients import mean_gradient, per_example_gradients, squared_gradients
 
 ROWS = 5
 
@@ -145,3 +145,59 @@ def test_mean_gradient(net, loss):
     expected = {n: g.mean(0) for n, g in reference.row_gradients(loss, parameters).items()}
     assert_equal(found, expected)
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+@pytest.mark.parametrize(
+    "names",
+    [
+        None,
+        ["tokens.weight"],  # no slow parameter: the graph may be freed
+        ["scale", "twice.weight", "norm.weight", "embed.bias"],
+        ["conv.weight"],
+    ],
+)
+def test_gradients_of_single_losses(net, loss, names, chunk):
+    parameters = {n: p for n, p in net.named_parameters() if names is None or n in names}
+    found = per_example_gradients(net, parameters, loss, chunk=chunk)
+    assert_equal(found, reference.row_gradients(loss, parameters))
+    assert all(not m._forward_hooks for m in net.modules())
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+def test_gradients_of_examples_averaged_over_draws(net, chunk):
+    """Three examples on two draws each, the second input being the same for both."""
+    torch.manual_seed(2)
+    x, y = torch.randn(6, 3).double(), torch.randn(3, 4, 4).double().repeat_interleave(2, 0)
+    parameters = dict(net.named_parameters())
+
+    def loss() -> Tensor:
+        return net(x, y).unflatten(0, (3, 2))
+
+    found = per_example_gradients(net, parameters, loss, "averaged", chunk)
+    assert_equal(found, reference.row_gradients(lambda: loss().mean(1), parameters))
+    single = per_example_gradients(net, parameters, loss, chunk=chunk)
+    assert_equal({n: g.unflatten(0, (3, 2)).mean(1) for n, g in single.items()}, found)
+
+
+def test_gradients_have_the_dtype_of_their_parameters():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    x = torch.randn(2, 3)
+    found = per_example_gradients(net, dict(net.named_parameters()), lambda: net(x).sum(1))
+    assert {g.dtype for g in found.values()} == {torch.float32}
+
+
+def test_losses_without_draws_have_no_average(net, loss):
+    with pytest.raises(ValueError, match=r"averaged gradients: the losses are \(5,\), .*\[B, D\]"):
+        per_example_gradients(net, dict(net.named_parameters()), loss, "averaged")
+
+
+def test_averages_of_losses_do_not_hide_the_draws(net):
+    """Losses that were averaged before: the modules saw more rows than there are losses."""
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 4, 4).double()
+    with pytest.raises(ValueError, match=r"3 losses, but .* 6 rows"):
+        per_example_gradients(
+            net, dict(net.named_parameters()), lambda: net(x, y).unflatten(0, (3, 2)).mean(1)
+        )

@@ -1,15 +1,26 @@
-"""Gradients by hooks: averaged over draws, or squared one example at a time."""
+"""Gradients by hooks: of a mean, of every example, or squared one loss at a time."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 Gradients = dict[str, Tensor]
 """Parameter name -> float64 tensor of the parameter's shape."""
+
+GradientKind = Literal["per_draw", "averaged"]
+"""Of what a gradient is.
+
+`per_draw`: of one loss, for one example, timestep and noise. `averaged`: of the mean of an
+example's losses over its draws. Their second moments are different matrices.
+"""
+
+Calls = list[tuple[Tensor, Tensor]]
+"""(input, gradient with respect to the output) of every call of a module, rows first."""
 
 
 def mean_gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradients:
@@ -45,28 +56,123 @@ def squared_gradients(
     Raises:
         ValueError: a module's input does not have R as first dimension.
     """
+    losses, calls = hooked_gradients(network, parameters, loss)
+    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+    for name in parameters:
+        path, _, kind = name.rpartition(".")
+        for part in _linear_gradients(calls[path], kind, 1, chunk) if path in calls else ():
+            # Squared in the network's own type, which is three times as fast as in float64;
+            # relative to the largest, so that the squares of small gradients do not underflow.
+            scale = part.abs().max().clamp_min(torch.finfo(part.dtype).tiny)
+            sums[name] += (part / scale).square().sum(0).double() * scale.double().square()
+    others = {n: p for n, p in parameters.items() if n.rpartition(".")[0] not in calls}
+    for _, gradients in _looped_gradients(losses, others):
+        for name, gradient in gradients.items():
+            sums[name] += gradient.double().square()
+    return sums
+
+
+def per_example_gradients(
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Callable[[], Tensor],
+    gradient: GradientKind = "per_draw",
+    chunk: int = 16,
+) -> dict[str, Tensor]:
+    """Returns the gradient of every loss, or of every example's mean loss.
+
+    Weights and biases of `nn.Linear` modules come from one backward pass with hooks; anything
+    else from one backward pass per row, which is slow and exact.
+
+    Args:
+        network: holds the parameters; must treat the rows of a batch independently.
+        parameters: name -> parameter, requiring gradients.
+        loss: runs the network once and returns its losses, [R], or [B, D] for B examples on D
+            draws each, which the modules must see as B·D rows, the draws of an example together.
+        gradient: `per_draw` for one gradient for each loss; `averaged` for one for each of the
+            B examples, of the mean of its D losses.
+        chunk: rows that are computed at the same time.
+
+    Returns:
+        name -> [R, *shape], [B·D, *shape] or (averaged) [B, *shape], in the parameter's dtype.
+
+    Raises:
+        ValueError: the losses have another number of dimensions, or a module sees other rows.
+    """
+    losses, calls = hooked_gradients(network, parameters, loss, gradient)
+    draws = losses.shape[1] if gradient == "averaged" else 1
+    found: dict[str, Tensor] = {
+        n: torch.zeros((len(losses), *p.shape), dtype=p.dtype, device=p.device)
+        for n, p in parameters.items()
+    }
+    for name in parameters:
+        path, _, kind = name.rpartition(".")
+        first = 0
+        for part in _linear_gradients(calls[path], kind, draws, chunk) if path in calls else ():
+            found[name][first : first + len(part)] = part
+            first += len(part)
+    others = {n: p for n, p in parameters.items() if n.rpartition(".")[0] not in calls}
+    means = losses.mean(1) if gradient == "averaged" else losses  # [B] or [R]
+    for row, gradients in _looped_gradients(means, others):
+        for name, value in gradients.items():
+            found[name][row] = value
+    return found
+
+
+def hooked_gradients(
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Callable[[], Tensor],
+    gradient: GradientKind = "per_draw",
+) -> tuple[Tensor, dict[str, Calls]]:
+    """Runs a loss and one backward pass, and records what the chosen `nn.Linear` modules saw.
+
+    Args:
+        network: holds the parameters; must treat the rows of a batch independently.
+        parameters: name -> parameter, requiring gradients.
+        loss: see `per_example_gradients`.
+        gradient: what is differentiated: the sum of all losses, whose gradient with respect to
+            a row of an output is that of the row's own loss, or the sum of the examples' means.
+
+    Returns:
+        losses: [R] or (averaged) [B, D]; their graph is there only where some of the parameters
+            belong to no `nn.Linear`.
+        calls: path -> (input, gradient) of each call of an `nn.Linear` that owns one of the
+            parameters, without the calls on whose output nothing depends.
+
+    Raises:
+        ValueError: the losses have another number of dimensions, or a module sees other rows.
+    """
     modules = _linear_owners(network, parameters)
     with _recorded(modules) as tape:
         losses = loss()
-    others = {n: p for n, p in parameters.items() if n.rpartition(".")[0] not in modules}
-    sums = _looped_squares(losses, others)
+    if gradient == "per_draw" and losses.dim() == 2:
+        losses = losses.flatten()
+    if losses.dim() != (2 if gradient == "averaged" else 1):
+        raise ValueError(
+            f"{gradient} gradients: the losses are {tuple(losses.shape)}, but must be "
+            f"{'[B, D]' if gradient == 'averaged' else '[R] or [B, D]'}"
+        )
+    total = losses.mean(1).sum() if gradient == "averaged" else losses.sum()
     outputs = [output for calls in tape.values() for _, output in calls]
-    gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if outputs else ()
-    at = iter(gradients)
+    # The graph is freed here unless there are parameters whose rows go through it one by one.
+    kept = any(name.rpartition(".")[0] not in modules for name in parameters)
+    values = (
+        torch.autograd.grad(total, outputs, retain_graph=kept, allow_unused=True) if outputs else ()
+    )
+    at = iter(values)
+    seen: dict[str, Calls] = {}
     for path, calls in tape.items():
         pairs = [(x.detach(), next(at)) for x, _ in calls]
         for x, _ in pairs:
-            if len(x) != len(losses):
+            if len(x) != losses.numel():
                 raise ValueError(
-                    f"squared gradients: {len(losses)} losses, but {path or 'the network'} was "
-                    f"called on {len(x)} rows: it must see one row for each loss"
+                    f"{gradient} gradients: {losses.numel()} losses, but "
+                    f"{path or 'the network'} was called on {len(x)} rows: it must see one row "
+                    "for each loss"
                 )
-        used = [(x, g) for x, g in pairs if g is not None]
-        for kind in ("weight", "bias"):
-            name = f"{path}.{kind}" if path else kind
-            if name in parameters:
-                sums[name] = _linear_squares(used, parameters[name], kind, chunk)
-    return {name: sums[name] for name in parameters}
+        seen[path] = [(x, g) for x, g in pairs if g is not None]
+    return losses, seen
 
 
 def _linear_owners(
@@ -101,36 +207,39 @@ def _recorded(
             handle.remove()
 
 
-def _linear_squares(
-    calls: list[tuple[Tensor, Tensor]], parameter: nn.Parameter, kind: str, chunk: int
-) -> Tensor:
-    total = torch.zeros_like(parameter, dtype=torch.float64)
-    rows = calls[0][0].shape[0] if calls else 0
+def _linear_gradients(calls: Calls, kind: str, draws: int, chunk: int) -> Iterator[Tensor]:
+    """Yields gradients [at most chunk, *shape] of a module's weight or bias.
+
+    Each is the sum over the calls, the tokens and the `draws` consecutive rows of an example.
+    """
+    rows = len(calls[0][0]) // draws if calls else 0
     for first in range(0, rows, chunk):
+        part = slice(first * draws, (first + chunk) * draws)
         gradient: Tensor | None = None
         for x, g in calls:
-            # (rows, ..., features) -> (rows, tokens, features): one token where there is no axis
-            a, b = x[first : first + chunk], g[first : first + chunk]
-            a = a.flatten(1, -2) if a.dim() > 2 else a[:, None]
-            b = b.flatten(1, -2) if b.dim() > 2 else b[:, None]
+            a, b = tokens(x[part], draws), tokens(g[part], draws)
             one = torch.einsum("rto,rti->roi", b, a) if kind == "weight" else b.sum(1)
             gradient = one if gradient is None else gradient + one
         assert gradient is not None
-        # Squared in the network's own type, which is three times as fast as in float64; relative
-        # to the largest, so that the squares of small gradients do not underflow.
-        scale = gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
-        total += (gradient / scale).square().sum(0).double() * scale.double().square()
-    return total
+        yield gradient
 
 
-def _looped_squares(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradients:
-    totals = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
-    for row in losses if totals else ():
+def tokens(x: Tensor, draws: int = 1) -> Tensor:
+    """Returns [rows·draws, ..., features] as [rows, draws·tokens, features].
+
+    There is one token where there is no axis for it.
+    """
+    return x.reshape(len(x) // draws, -1, x.shape[-1])
+
+
+def _looped_gradients(
+    losses: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields (row, its gradients), leaving out parameters that the row does not depend on."""
+    for row, value in enumerate(losses) if parameters else ():
         # The graph is kept: the next row goes through it again.
-        gradients = torch.autograd.grad(
-            row, list(parameters.values()), retain_graph=True, allow_unused=True
+        found = torch.autograd.grad(
+            value, list(parameters.values()), retain_graph=True, allow_unused=True
         )
-        for total, gradient in zip(totals.values(), gradients, strict=True):
-            if gradient is not None:
-                total += gradient.double().square()
-    return totals
+        named = zip(parameters, found, strict=True)
+        yield row, {name: gradient for name, gradient in named if gradient is not None}
