@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from tests.reference.gradients import row_gradients
 from unsee.curvature.diagonal import DiagonalFisher
@@ -318,7 +320,7 @@ def test_random_functionals_give_the_gauss_newton_matrix(gradient):
     def mean_squared_error(weight: Tensor) -> Tensor:
         return (x @ weight.unflatten(0, (2, 3)).T - 1).square().mean()
 
-    hessian = torch.func.hessian(mean_squared_error)(net.weight.detach().flatten())
+    hessian = torch.autograd.functional.hessian(mean_squared_error, net.weight.detach().flatten())
     assert_close(rows.T @ rows / len(rows), hessian)
 
 
@@ -480,3 +482,66 @@ def test_a_parameter_without_any_curvature_stays():
     )  # fmt: skip
     step = KFAC.fit(covariances).precondition({"w": torch.ones(3, 2).double()})["w"]
     assert not step.any()
+
+
+def test_kronfluence_agrees(tmp_path: Path):
+    """Covariances, eigenvectors and Λ of an independent implementation."""
+    kronfluence = pytest.importorskip("kronfluence")
+    from kronfluence.analyzer import Analyzer, prepare_model
+
+    class Task(kronfluence.Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            return model(batch[0]).square().mean((1, 2)).sum()
+
+        def compute_measurement(self, batch, model):
+            return self.compute_train_loss(batch, model)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 2, bias=False)
+    ).double()
+    x = torch.randn(EXAMPLES, TOKENS, 3).double()
+    chosen = dict(net.named_parameters())
+
+    def loss() -> Tensor:
+        return net(x).square().mean((1, 2))
+
+    covariances = kronecker_covariances(net, chosen, [loss])
+    ekfac = EKFAC.fit(covariances, [per_example_gradients(net, chosen, loss)])
+
+    arguments = kronfluence.FactorArguments(
+        use_empirical_fisher=True,
+        activation_covariance_dtype=torch.float64,
+        gradient_covariance_dtype=torch.float64,
+        per_sample_gradient_dtype=torch.float64,
+        lambda_dtype=torch.float64,
+    )
+    copied = prepare_model(copy.deepcopy(net), Task())
+    analyzer = Analyzer(
+        "net", copied, Task(), cpu=True, output_dir=str(tmp_path), disable_tqdm=True
+    )
+    analyzer.fit_all_factors(
+        "all", TensorDataset(x), per_device_batch_size=2, factor_args=arguments
+    )
+    theirs = {**analyzer.load_covariance_matrices("all"), **analyzer.load_lambda_matrices("all"),
+              **analyzer.load_eigendecomposition("all")}  # fmt: skip
+    for name in chosen:
+        layer = name.removesuffix(".weight")
+        assert_close(
+            theirs["activation_covariance"][layer]
+            / theirs["num_activation_covariance_processed"][layer],
+            covariances.inputs[name],
+        )
+        assert_close(
+            theirs["gradient_covariance"][layer]
+            / theirs["num_gradient_covariance_processed"][layer],
+            covariances.outputs[name],
+        )
+        for found, key in (
+            (ekfac.input_vectors[name], "activation_eigenvectors"),
+            (ekfac.output_vectors[name], "gradient_eigenvectors"),
+        ):
+            same = (found.T @ theirs[key][layer]).abs()
+            torch.testing.assert_close(same, torch.eye(len(same)).double(), rtol=0, atol=1e-8)
+        found = theirs["lambda_matrix"][layer] / theirs["num_lambda_processed"][layer]
+        torch.testing.assert_close(found, ekfac.values[name], rtol=1e-8, atol=0)
