@@ -355,7 +355,7 @@ def test_parts_of_other_settings_are_not_mixed(own: Path, tmp_path: Path) -> Non
     reproduce(own, 0, out, work=work)
     with pytest.raises(ValueError, match=r"begun with draws = 'seed 0', this run has 'seed 1'"):
         reproduce(own, 0, out, work=work, seed=1)
-    with pytest.raises(ValueError, match="begun with batch_size = 160, this run has 7"):
+    with pytest.raises(ValueError, match="begun with batch_size = 80, this run has 7"):
         reproduce(own, 0, out, work=work, batch_size=7)
     latents = np.load(own / "coco17_train_latents.npy")
     np.save(own / "coco17_train_latents.npy", latents + 1)

@@ -116,7 +116,7 @@ def attributor(
     steps: int = 1,
     damping: float = 0.1,
     flips: bool = False,
-    batch_size: int = 160,
+    batch_size: int = 80,
     seed: int = 0,
 ) -> AbU:
     """Returns AbU on prepared data; see `AbU` for the settings."""

@@ -115,7 +115,7 @@ def _add_method_options(command: argparse.ArgumentParser) -> None:
     method.add_argument("--damping", type=float, default=0.1, help="0 is the published update")
     method.add_argument("--flips", action="store_true", help="also score mirrored pictures")
     method.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
-    method.add_argument("--batch-size", type=_positive, default=160, help="forward passes at once")
+    method.add_argument("--batch-size", type=_positive, default=80, help="forward passes at once")
     _add_model_options(command)
 
 

@@ -52,7 +52,7 @@ def examine(
     draws: int = 10,
     query_draws: int = 200,
     flips: bool = False,
-    batch_size: int = 160,
+    batch_size: int = 80,
     seed: int = 0,
     fisher_draws: int = 2,
     fisher_examples: int = 2000,

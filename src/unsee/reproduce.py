@@ -71,7 +71,7 @@ def reproduce(
     draws: str | Path | None = None,
     *,
     seed: int = 0,
-    batch_size: int = 160,
+    batch_size: int = 80,
     work: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> Reproduction:

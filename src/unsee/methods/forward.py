@@ -26,7 +26,7 @@ def forward_losses(
     rows: Sequence[int],
     *,
     flips: bool = False,
-    batch_size: int = 160,
+    batch_size: int = 80,
     shard_size: int = 256,
     cache: Path | None = None,
     description: str = "losses",
@@ -126,7 +126,7 @@ def noise_floor(
     data: EncodedExamples,
     draws: DrawSource,
     rows: Sequence[int],
-    batch_size: int = 160,
+    batch_size: int = 80,
 ) -> float:
     """Bounds the error that floating point leaves in a score.
 

@@ -223,7 +223,7 @@ def unlearn(
     experiment: Experiment,
     micro_batches: MicroBatches,
     *,
-    batch_size: int = 160,
+    batch_size: int = 80,
     checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
     """Takes the published steps up the query's loss; the model itself is left as it is.

@@ -81,7 +81,7 @@ def query_gradient(model: Denoiser, query: Query, draws: Draws, batch_size: int 
 
 
 @torch.no_grad()
-def query_loss(model: Denoiser, query: Query, draws: Draws, batch_size: int = 160) -> float:
+def query_loss(model: Denoiser, query: Query, draws: Draws, batch_size: int = 80) -> float:
     """Returns the query's loss, averaged over its draws (and its mask's cells, if any)."""
     timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
     values = [
@@ -146,7 +146,7 @@ class AbU:
     draws: Draws = dataclasses.field(default_factory=Draws)
     query_draws: Draws = dataclasses.field(default_factory=lambda: Draws(seed=1, n=200))
     flips: bool = False
-    batch_size: int = 160
+    batch_size: int = 80
     cache: Path | None = None
 
     def __post_init__(self) -> None:
