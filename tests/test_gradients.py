@@ -95,6 +95,48 @@ def test_only_the_selected_parameters_need_gradients(net, loss):
     assert_equal(found, reference.squared_gradients(loss, parameters))
 
 
+class Attention(nn.Module):
+    """The attention uses the weight of its last layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x[:, None], x[:, None], x[:, None])[0]
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(inplace=True), nn.Linear(4, 2)),
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Linear(3, 4), nn.LeakyReLU(inplace=True)),
+        Attention,
+        tied,
+    ],
+)
+def test_what_hooks_do_not_see_is_exact(make):
+    """Outputs changed in place, weights used without a call or by two modules."""
+    torch.manual_seed(0)
+    net = make().double()
+    x = torch.randn(ROWS, 3).double()
+    parameters = dict(net.named_parameters())
+
+    def loss() -> Tensor:
+        return net(x).flatten(1).square().mean(1)
+
+    expected = reference.row_gradients(loss, parameters)
+    assert_equal(per_example_gradients(net, parameters, loss), expected)
+    squares = reference.squared_gradients(loss, parameters)
+    assert_equal(squared_gradients(net, parameters, loss), squares)
+
+
 def test_the_square_of_a_row_is_not_the_square_of_the_sum(net, loss):
     parameters = {"tokens.weight": net.tokens.weight}
     per_row = reference.row_gradients(loss, parameters)["tokens.weight"]

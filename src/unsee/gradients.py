@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
@@ -41,7 +42,7 @@ def squared_gradients(
     """Sums the squared gradients of single losses over a batch.
 
     Weights and biases of `nn.Linear` modules come from one backward pass with hooks; anything
-    else from one backward pass per row, which is slow and exact.
+    else (and what is shared between modules) from one backward pass per row: slow and exact.
 
     Args:
         network: holds the parameters; must treat the rows of a batch independently.
@@ -82,7 +83,7 @@ def per_example_gradients(
     """Returns the gradient of every loss, or of every example's mean loss.
 
     Weights and biases of `nn.Linear` modules come from one backward pass with hooks; anything
-    else from one backward pass per row, which is slow and exact.
+    else (and what is shared between modules) from one backward pass per row: slow and exact.
 
     Args:
         network: holds the parameters; must treat the rows of a batch independently.
@@ -138,14 +139,15 @@ def hooked_gradients(
         losses: [R] or (averaged) [B, D]; their graph is there only where some of the parameters
             belong to no `nn.Linear`.
         calls: path -> (input, gradient) of each call of an `nn.Linear` that owns one of the
-            parameters, without the calls on whose output nothing depends.
+            parameters, without the calls on whose output nothing depends. A module whose output
+            was changed in place is left out: its gradient is not to be had any more.
 
     Raises:
         ValueError: the losses have another number of dimensions, or a module sees other rows.
     """
-    modules = _linear_owners(network, parameters)
-    with _recorded(modules) as tape:
+    with _recorded(linear_owners(network, parameters)) as tape:
         losses = loss()
+    tape = {p: calls for p, calls in tape.items() if all(o._version == v for _, o, v in calls)}
     if gradient == "per_draw" and losses.dim() == 2:
         losses = losses.flatten()
     if losses.dim() != (2 if gradient == "averaged" else 1):
@@ -154,16 +156,16 @@ def hooked_gradients(
             f"{'[B, D]' if gradient == 'averaged' else '[R] or [B, D]'}"
         )
     total = losses.mean(1).sum() if gradient == "averaged" else losses.sum()
-    outputs = [output for calls in tape.values() for _, output in calls]
+    outputs = [output for calls in tape.values() for _, output, _ in calls]
     # The graph is freed here unless there are parameters whose rows go through it one by one.
-    kept = any(name.rpartition(".")[0] not in modules for name in parameters)
+    kept = any(name.rpartition(".")[0] not in tape for name in parameters)
     values = (
         torch.autograd.grad(total, outputs, retain_graph=kept, allow_unused=True) if outputs else ()
     )
     at = iter(values)
     seen: dict[str, Calls] = {}
     for path, calls in tape.items():
-        pairs = [(x.detach(), next(at)) for x, _ in calls]
+        pairs = [(x.detach(), next(at)) for x, _, _ in calls]
         for x, _ in pairs:
             if len(x) != losses.numel():
                 raise ValueError(
@@ -175,27 +177,35 @@ def hooked_gradients(
     return losses, seen
 
 
-def _linear_owners(
+def linear_owners(
     network: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, nn.Linear]:
+    """Returns path -> module for the owners of parameters whose calls tell the whole gradient.
+
+    They are of the class `nn.Linear` itself, since others may use their weight without a call
+    (`nn.MultiheadAttention` does so), and share no parameter with another module.
+    """
     owners = {name.rpartition(".")[0] for name in parameters}
+    users = Counter(id(p) for m in network.modules() for p in m.parameters(recurse=False))
     return {
         path: module
         for path, module in network.named_modules()
-        if path in owners and isinstance(module, nn.Linear)
+        if path in owners
+        and type(module) is nn.Linear
+        and all(users[id(p)] == 1 for p in module.parameters())
     }
 
 
 @contextlib.contextmanager
 def _recorded(
     modules: Mapping[str, nn.Linear],
-) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Records (input, output) of every call of the modules inside a `with` block."""
-    tape: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in modules}
+) -> Iterator[dict[str, list[tuple[Tensor, Tensor, int]]]]:
+    """Records (input, output, version of the output) of every call inside a `with` block."""
+    tape: dict[str, list[tuple[Tensor, Tensor, int]]] = {path: [] for path in modules}
 
     def recorder(path: str) -> Callable[..., None]:
         def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            tape[path].append((inputs[0], output))
+            tape[path].append((inputs[0], output, output._version))
 
         return record
 

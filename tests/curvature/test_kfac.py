@@ -426,8 +426,18 @@ def test_other_parameters_are_sent_to_the_diagonal(net, data, name, kind):
 
 def test_a_layer_that_does_nothing_is_named(net, data):
     net.unused = nn.Linear(3, 2).double()
-    with pytest.raises(ValueError, match=r"no loss depends on .* unused\.weight"):
+    with pytest.raises(ValueError, match=r"no loss depends on .*unused\.weight"):
         kronecker_covariances(net, {"unused.weight": net.unused.weight}, losses(net, data, 2))
+
+
+def test_weights_that_hooks_do_not_see_are_refused():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU(inplace=True), nn.Linear(3, 3))
+    loss = lambda: net(torch.ones(2, 3)).sum(1)  # noqa: E731
+    with pytest.raises(ValueError, match=r"changed in place.* 0\.weight"):
+        kronecker_covariances(net, {"0.weight": net[0].weight}, [loss])
+    net[2].weight = net[0].weight
+    with pytest.raises(ValueError, match=r"0\.weight .* shares it with no other"):
+        kronecker_covariances(net, {"0.weight": net[0].weight}, [loss])
 
 
 def test_nothing_to_fit_on_is_an_error(net, chosen, data):

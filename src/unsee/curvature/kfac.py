@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..gradients import Calls, GradientKind, Gradients, hooked_gradients, tokens
+from ..gradients import Calls, GradientKind, Gradients, hooked_gradients, linear_owners, tokens
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def kronecker_covariances(
     for name in parameters:
         if seen[name] == 0:
             raise ValueError(
-                f"K-FAC: no loss depends on a call of the layer of {name}; leave it out of the "
-                "selection, or use the diagonal Fisher"
+                "K-FAC: no loss depends on the output, or the output is changed in place, of the "
+                f"layer of {name}; leave it out of the selection, or use the diagonal Fisher"
             )
         inputs[name] /= seen[name]
         outputs[name] /= seen[name]
@@ -116,14 +116,15 @@ def kronecker_covariances(
 def _check_linear(
     network: nn.Module, parameters: Mapping[str, nn.Parameter], centred: Collection[str]
 ) -> None:
+    owners = linear_owners(network, parameters)
     for name in parameters:
         path, _, kind = name.rpartition(".")
-        owner = network.get_submodule(path)
-        if not (kind == "weight" and isinstance(owner, nn.Linear)):
+        if kind != "weight" or path not in owners:
+            owner = type(network.get_submodule(path)).__name__
             raise ValueError(
-                f"K-FAC: {name} is the {kind} of a {type(owner).__name__}, and only the weight of "
-                "an nn.Linear has Kronecker factors here; leave it out of the selection, or use "
-                "the diagonal Fisher, which supports any parameter"
+                f"K-FAC: {name} is the {kind} of a {owner}, and only the weight of an nn.Linear "
+                "that shares it with no other module has Kronecker factors here; leave it out of "
+                "the selection, or use the diagonal Fisher, which supports any parameter"
             )
     unknown = [name for name in centred if name not in parameters]
     if unknown:
