@@ -223,6 +223,25 @@ def test_gradients_of_examples_averaged_over_draws(net, chunk):
     assert_equal({n: g.unflatten(0, (3, 2)).mean(1) for n, g in single.items()}, found)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+def test_a_row_may_serve_all_draws_of_an_example(chunk):
+    """As keys and values of one text do."""
+    torch.manual_seed(0)
+    text, image = nn.Linear(3, 4).double(), nn.Linear(2, 4).double()
+    net = nn.ModuleDict({"text": text, "image": image})
+    x, y = torch.randn(3, 5, 3).double(), torch.randn(6, 5, 2).double()
+    parameters = dict(net.named_parameters())
+
+    def loss() -> Tensor:
+        states = image(y).unflatten(0, (3, 2)) * text(x)[:, None]  # [B, D, T, 4]
+        return states.square().mean((2, 3))
+
+    found = per_example_gradients(net, parameters, loss, "averaged", chunk)
+    assert_equal(found, reference.row_gradients(lambda: loss().mean(1), parameters))
+    with pytest.raises(ValueError, match=r"6 losses, but text was called on 3 rows"):
+        per_example_gradients(net, parameters, loss)
+
+
 def test_gradients_have_the_dtype_of_their_parameters():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))

@@ -61,7 +61,9 @@ def squared_gradients(
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
     for name in parameters:
         path, _, kind = name.rpartition(".")
-        for part in _linear_gradients(calls[path], kind, 1, chunk) if path in calls else ():
+        for part in (
+            _linear_gradients(calls[path], kind, len(losses), chunk) if path in calls else ()
+        ):
             # Squared in the network's own type, which is three times as fast as in float64;
             # relative to the largest, so that the squares of small gradients do not underflow.
             scale = part.abs().max().clamp_min(torch.finfo(part.dtype).tiny)
@@ -88,10 +90,11 @@ def per_example_gradients(
     Args:
         network: holds the parameters; must treat the rows of a batch independently.
         parameters: name -> parameter, requiring gradients.
-        loss: runs the network once and returns its losses, [R], or [B, D] for B examples on D
-            draws each, which the modules must see as B·D rows, the draws of an example together.
+        loss: runs the network and returns its losses, [R], or [B, D] for B examples on D draws
+            each. The modules must see R or B·D rows, the draws of an example together.
         gradient: `per_draw` for one gradient for each loss; `averaged` for one for each of the
-            B examples, of the mean of its D losses.
+            B examples, of the mean of its D losses. A module may then see B rows, each of
+            which serves all draws of an example, or holds them as further tokens.
         chunk: rows that are computed at the same time.
 
     Returns:
@@ -101,7 +104,6 @@ def per_example_gradients(
         ValueError: the losses have another number of dimensions, or a module sees other rows.
     """
     losses, calls = hooked_gradients(network, parameters, loss, gradient)
-    draws = losses.shape[1] if gradient == "averaged" else 1
     found: dict[str, Tensor] = {
         n: torch.zeros((len(losses), *p.shape), dtype=p.dtype, device=p.device)
         for n, p in parameters.items()
@@ -109,7 +111,9 @@ def per_example_gradients(
     for name in parameters:
         path, _, kind = name.rpartition(".")
         first = 0
-        for part in _linear_gradients(calls[path], kind, draws, chunk) if path in calls else ():
+        for part in (
+            _linear_gradients(calls[path], kind, len(losses), chunk) if path in calls else ()
+        ):
             found[name][first : first + len(part)] = part
             first += len(part)
     others = {n: p for n, p in parameters.items() if n.rpartition(".")[0] not in calls}
@@ -167,11 +171,12 @@ def hooked_gradients(
     for path, calls in tape.items():
         pairs = [(x.detach(), next(at)) for x, _, _ in calls]
         for x, _ in pairs:
-            if len(x) != losses.numel():
+            if len(x) not in (len(losses), losses.numel()):
                 raise ValueError(
                     f"{gradient} gradients: {losses.numel()} losses, but "
                     f"{path or 'the network'} was called on {len(x)} rows: it must see one row "
-                    "for each loss"
+                    f"for each {'example or ' if gradient == 'averaged' else ''}loss; repeat the "
+                    "rows that several losses share"
                 )
         seen[path] = [(x, g) for x, g in pairs if g is not None]
     return losses, seen
@@ -217,29 +222,29 @@ def _recorded(
             handle.remove()
 
 
-def _linear_gradients(calls: Calls, kind: str, draws: int, chunk: int) -> Iterator[Tensor]:
-    """Yields gradients [at most chunk, *shape] of a module's weight or bias.
+def _linear_gradients(calls: Calls, kind: str, count: int, chunk: int) -> Iterator[Tensor]:
+    """Yields gradients [at most chunk, *shape] of a module's weight or bias, `count` in all.
 
-    Each is the sum over the calls, the tokens and the `draws` consecutive rows of an example.
+    Each is the sum over the calls, the tokens and the rows of one loss or example.
     """
-    rows = len(calls[0][0]) // draws if calls else 0
-    for first in range(0, rows, chunk):
-        part = slice(first * draws, (first + chunk) * draws)
+    for first in range(0, count if calls else 0, chunk):
         gradient: Tensor | None = None
         for x, g in calls:
-            a, b = tokens(x[part], draws), tokens(g[part], draws)
+            rows = len(x) // count
+            part = slice(first * rows, (first + chunk) * rows)
+            a, b = tokens(x[part], rows), tokens(g[part], rows)
             one = torch.einsum("rto,rti->roi", b, a) if kind == "weight" else b.sum(1)
             gradient = one if gradient is None else gradient + one
         assert gradient is not None
         yield gradient
 
 
-def tokens(x: Tensor, draws: int = 1) -> Tensor:
-    """Returns [rows·draws, ..., features] as [rows, draws·tokens, features].
+def tokens(x: Tensor, rows: int = 1) -> Tensor:
+    """Returns [n·rows, ..., features] as [n, rows·tokens, features].
 
-    There is one token where there is no axis for it.
+    There is one token in a row where there is no axis for it.
     """
-    return x.reshape(len(x) // draws, -1, x.shape[-1])
+    return x.reshape(len(x) // rows, -1, x.shape[-1])
 
 
 def _looped_gradients(

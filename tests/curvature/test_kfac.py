@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tests.reference.gradients import row_gradients
+from unsee import Denoiser
 from unsee.curvature.diagonal import DiagonalFisher
 from unsee.curvature.kfac import EKFAC, KFAC, KroneckerCovariances, kronecker_covariances
 from unsee.gradients import per_example_gradients
@@ -347,6 +348,38 @@ def test_keys_of_an_attention_see_centred_inputs():
     raw = kronecker_covariances(net, chosen, [loss(text)])
     assert not torch.allclose(raw.inputs["weight"], plain.inputs["weight"])
     assert_close(raw.outputs["weight"], plain.outputs["weight"])
+
+
+def test_a_denoiser_that_projects_its_text_once(tiny_pipeline):
+    """Keys and values see one row for all draws of an example: the same as a row for each."""
+    model = Denoiser.from_pipeline(tiny_pipeline, parameters="cross-attn-kv")
+    torch.manual_seed(0)
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 16)
+    timesteps, noise = torch.tensor([[0, 500, 999], [1, 2, 700]]), torch.randn(2, 3, 4, 8, 8)
+
+    def repeated() -> Tensor:
+        rows = (t.repeat_interleave(3, 0) for t in (latents, text))
+        flat = model.loss(*rows, timesteps.reshape(6, 1), noise.flatten(0, 1)[:, None])
+        return flat.unflatten(0, (2, 3))[..., 0]
+
+    shared = lambda: model.loss(latents, text, timesteps, noise)  # noqa: E731
+    keys = [name for name in model.parameters if "to_k" in name]
+    with model.gradients_on():
+        once, each = (
+            kronecker_covariances(model.network, model.parameters, [loss], "averaged", keys)
+            for loss in (shared, repeated)
+        )
+        gradients = per_example_gradients(model.network, model.parameters, shared, "averaged")
+        expected = row_gradients(lambda: shared().mean(1), model.parameters)
+    assert once.tokens == each.tokens == dict.fromkeys(model.parameters, 7)
+    for name in model.parameters:
+        # the network runs in float32
+        for a, b in (
+            (once.inputs[name], each.inputs[name]),
+            (once.outputs[name], each.outputs[name]),
+            (gradients[name].double(), expected[name]),
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
 
 
 def test_inputs_equal_but_for_rounding_are_the_same(net, chosen, data):

@@ -61,13 +61,12 @@ def kronecker_covariances(
     Args:
         network: holds the parameters; must treat the rows of a batch independently.
         parameters: name -> weight of an `nn.Linear` without its bias, requiring gradients.
-        losses: one function per batch; each runs the network once and returns its losses, [R],
-            or [B, D] for B examples on D draws each, seen by the modules as B·D rows, the draws
-            of an example together.
+        losses: one function per batch; each runs the network and returns its losses, [R], or
+            [B, D] for B examples on D draws each, see `per_example_gradients`.
         gradient: `per_draw`: g is the gradient of the row's own loss. `averaged`: of the mean of
             an example's D losses. A layer whose input is the same in all draws (keys and values
-            of cross-attention) then has one g for each token, the mean over draws; otherwise the
-            draws count as further tokens.
+            of cross-attention) then has one g for each token, the mean over draws, whether it
+            was called on one row or on D; otherwise the draws count as further tokens.
         centre_inputs: names of weights whose inputs are taken relative to their mean over the
             tokens of their row. For keys of an attention: softmax does not see a constant added
             to all keys, so that their gradients sum to zero over tokens, and a constant in
@@ -84,12 +83,10 @@ def kronecker_covariances(
     count = 0
     for loss in losses:
         values, calls = hooked_gradients(network, parameters, loss, gradient)
-        draws = values.shape[1] if gradient == "averaged" else 1
         count += len(values)
         for name in parameters:
-            for a, g in _pairs(
-                name, calls.get(name.rpartition(".")[0], []), draws, name in centre_inputs
-            ):
+            seen_by = calls.get(name.rpartition(".")[0], [])
+            for a, g in _pairs(name, seen_by, len(values), name in centre_inputs):
                 inputs[name] += a.T @ a
                 outputs[name] += g.T @ g
                 seen[name] += len(a)
@@ -134,7 +131,7 @@ def _check_linear(
         )
 
 
-def _pairs(name: str, calls: Calls, draws: int, centred: bool) -> Iterable[tuple[Tensor, Tensor]]:
+def _pairs(name: str, calls: Calls, count: int, centred: bool) -> Iterable[tuple[Tensor, Tensor]]:
     """Yields inputs [n, in] and output gradients [n, out] of each call, float64."""
     for x, gradient in calls:
         a, g = tokens(x).double(), tokens(gradient).double()  # [rows, T, features]
@@ -145,6 +142,7 @@ def _pairs(name: str, calls: Calls, draws: int, centred: bool) -> Iterable[tuple
                     "out of centre_inputs"
                 )
             a = a - a.mean(1, keepdim=True)
+        draws = len(x) // count
         if draws > 1 and _same_in_all_draws(x, draws):
             a, g = a[::draws], g.unflatten(0, (-1, draws)).sum(1)
         yield a.flatten(0, 1), g.flatten(0, 1)
