@@ -86,6 +86,9 @@ def first_order(benchmark: Benchmark, work: Path) -> Iterator[tuple[str, np.ndar
     kv = [n for n in examples_all.names if ".attn2." in n and ("to_k" in n or "to_v" in n)]
     examples, queries = examples_all.only(kv), queries_all.only(kv)
     found = curvatures(benchmark, examples, kv)
+    for name, curvature in found.items():  # for unlearn.py
+        if isinstance(curvature, DiagonalFisher | KFAC | EKFAC):
+            curvature.save(work / "curvature" / f"{name}.safetensors")
     basis = found.pop("basis")
     for name, curvature in found.items():
         for damping in DAMPINGS if curvature is not None else (0.0,):

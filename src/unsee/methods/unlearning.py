@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.diagonal import DiagonalFisher
+from ..curvature.kfac import EKFAC, KFAC
 from ..data.latents import EncodedExamples
 from ..draws import Draws
 from ..gradients import Gradients, mean_gradient
@@ -123,12 +124,14 @@ class AbU:
     Attributes:
         model: the model, its selected parameters being what is unlearned.
         data: the training examples.
-        curvature: the diagonal Fisher that preconditions the ascent.
+        curvature: preconditions the ascent. The diagonal Fisher of per-draw gradients is the
+            published one; with EK-FAC this is AbU+ (Wang et al., "Fast Data Attribution for
+            Text-to-Image Models", 2025), up to its step size.
         rise: how far to unlearn, as a relative rise of the query's own loss. A step of fixed size
             is not portable between models, so it is found by search.
         step_size: fixed factor instead; the paper's is 0.01 / (number of training examples).
         steps: ascent steps; with `rise`, each goes an equal part of the (geometric) way.
-        damping: of the Fisher, relative to each parameter's mean; 0 is the published update.
+        damping: of the curvature, relative to each parameter's mean; 0 is the published update.
         draws: the training examples' draws; the same before and after.
         query_draws: timesteps and noise that the query is unlearned with, for each step.
         flips: also scores mirrored training pictures, and takes the larger.
@@ -138,7 +141,7 @@ class AbU:
 
     model: Denoiser
     data: EncodedExamples
-    curvature: DiagonalFisher
+    curvature: DiagonalFisher | KFAC | EKFAC
     rise: float = 0.05
     step_size: float | None = None
     steps: int = 1
@@ -289,7 +292,11 @@ class AbU:
             "flips": self.flips,
             "noise_floor": floor,
             "box": query.box,
-            "curvature": {"count": self.curvature.count, **self.curvature.settings},
+            "curvature": {
+                "type": type(self.curvature).__name__,
+                "count": self.curvature.count,
+                **self.curvature.settings,
+            },
             "seconds": {
                 "losses before": baseline_done - started,
                 "unlearning": unlearn_done - baseline_done,
