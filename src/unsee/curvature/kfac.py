@@ -100,14 +100,18 @@ def kronecker_covariances(
             )
         inputs[name] /= seen[name]
         outputs[name] /= seen[name]
-        if not (inputs[name].isfinite().all() and outputs[name].isfinite().all()):
-            raise ValueError(
-                f"K-FAC: a covariance of {name} is not finite; check the model with `unsee "
-                "doctor`, and use float32 rather than float16"
-            )
+        _check_finite(f"a covariance of {name}", inputs[name], outputs[name])
     return KroneckerCovariances(
         inputs, outputs, {n: seen[n] / count for n in parameters}, gradient, count
     )
+
+
+def _check_finite(what: str, *values: Tensor) -> None:
+    if not all(v.isfinite().all() for v in values):
+        raise ValueError(
+            f"K-FAC: {what} is not finite; check the model with `unsee doctor`, and use float32 "
+            "rather than float16"
+        )
 
 
 def _check_linear(
@@ -358,12 +362,8 @@ class EKFAC(_Kronecker):
                 "give one of each parameter for every example"
             )
         values = {n: total / counts[n] for n, total in totals.items()}
-        broken = [n for n, v in values.items() if not v.isfinite().all()]
-        if broken:
-            raise ValueError(
-                f"EKFAC: the squared gradient of {broken[0]} is not finite; check the model with "
-                "`unsee doctor`, and use float32 rather than float16"
-            )
+        for name, value in values.items():
+            _check_finite(f"the squared gradient of {name}", value)
         return cls(a, g, values, covariances.gradient, counts[fewest], settings or {})
 
 
