@@ -7,6 +7,7 @@ Writes WORK/scores/METHOD.npy, [Q, N] float64, higher is more influential.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,16 @@ from unsee.curvature.kfac import EKFAC, KFAC, kronecker_covariances
 from unsee.draws import Draws
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
 from unsee.gradients import per_example_gradients
-from unsee.methods.example_gradients import GradientMatrix
+from unsee.methods.example_gradients import GradientMatrix, Measure
 from unsee.methods.forward import gather
 from unsee.methods.influence import influence_scores
 from unsee.methods.similarity import similarity_scores
 from unsee.methods.trak import trak_kernel, trak_scores
 from unsee.methods.unlearning import fit_diagonal_fisher
 from unsee.models.unet import UNetDenoiser
+
+Scored = Iterator[tuple[str, np.ndarray]]
+"""(method, scores [N, Q]) one after another."""
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -80,54 +84,75 @@ def curvatures(benchmark: Benchmark, gradients: GradientMatrix, kv: list[str]) -
     return found
 
 
-def first_order(benchmark: Benchmark, work: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (method, scores [N, Q])."""
+def kv_names(gradients: GradientMatrix) -> list[str]:
+    """Returns the names of the cross-attention's key and value weights."""
+    return [n for n in gradients.names if ".attn2." in n and ("to_k" in n or "to_v" in n)]
+
+
+def influence(benchmark: Benchmark, work: Path) -> Scored:
+    """Influence functions on K and V, each curvature and damping."""
     examples_all, queries_all = matrices(benchmark, work, "loss")
-    kv = [n for n in examples_all.names if ".attn2." in n and ("to_k" in n or "to_v" in n)]
+    kv = kv_names(examples_all)
     examples, queries = examples_all.only(kv), queries_all.only(kv)
     found = curvatures(benchmark, examples, kv)
-    for name, curvature in found.items():  # for unlearn.py
-        if isinstance(curvature, DiagonalFisher | KFAC | EKFAC):
-            curvature.save(work / "curvature" / f"{name}.safetensors")
     basis = found.pop("basis")
+    for name, curvature in found.items():  # for unlearn.py
+        if curvature is not None:
+            curvature.save(work / "curvature" / f"{name}.safetensors")
+    if list((work / "gradients").glob("gradients-gauss_newton-*")):
+        sampled = matrices(benchmark, work, "gauss_newton")[0].only(kv)
+        found["EK-FAC Gauss-Newton"] = EKFAC.fit(basis, ({n: sampled.of(n)} for n in kv))
     for name, curvature in found.items():
         for damping in DAMPINGS if curvature is not None else (0.0,):
             scores = influence_scores(examples, queries, curvature, damping)
             yield f"influence, {name}, damping {damping:g}", scores
     yield "renormalised gradients", influence_scores(examples, queries, None, normalise=True)
-    if list((work / "gradients").glob("gradients-gauss_newton-*")):
-        sampled = matrices(benchmark, work, "gauss_newton")[0].only(kv)
-        curvature = EKFAC.fit(basis, ({n: sampled.of(n)} for n in kv))
-        for damping in DAMPINGS:
-            scores = influence_scores(examples, queries, curvature, damping)
-            yield f"influence, EK-FAC Gauss-Newton, damping {damping:g}", scores
-    output_all, output_queries = matrices(benchmark, work, "output_norm")
+
+
+def kernels(benchmark: Benchmark, work: Path, measure: Measure) -> Scored:
+    """TRAK (loss) or D-TRAK (output norm), of K and V and of all parameters."""
+    name = "TRAK" if measure == "loss" else "D-TRAK"
+    examples, queries = matrices(benchmark, work, measure)
+    kv = kv_names(examples)
     for what, e, q in (
-        ("TRAK, K and V", examples, queries),
-        ("TRAK, all parameters", examples_all, queries_all),
-        ("D-TRAK, K and V", output_all.only(kv), output_queries.only(kv)),
-        ("D-TRAK, all parameters", output_all, output_queries),
+        ("K and V", examples.only(kv), queries.only(kv)),
+        ("all parameters", examples, queries),
     ):
         kernel, cross = trak_kernel(e), e.products(q)
         for ridge in RIDGES:
-            yield f"{what}, ridge {ridge:g}", trak_scores(kernel, cross, ridge, benchmark.members)
+            scores = trak_scores(kernel, cross, ridge, benchmark.members)
+            yield f"{name}, {what}, ridge {ridge:g}", scores
+
+
+def similarities(benchmark: Benchmark) -> Scored:
+    """Embedding similarity, and chance."""
     for what in ("latent", "pixel", "text"):
-        yield f"similarity, {what}", similarity_scores(what, benchmark.data, benchmark.images,
-                                                       benchmark.queries)  # fmt: skip
+        scores = similarity_scores(what, benchmark.data, benchmark.images, benchmark.queries)
+        yield f"similarity, {what}", scores
     generator = np.random.Generator(np.random.Philox(key=0))
-    yield "random", generator.standard_normal((len(examples), len(queries)))
+    yield "random", generator.standard_normal((len(benchmark.data.ids), len(benchmark.queries)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
+    parser.add_argument(
+        "--methods", nargs="*", default=["similarity", "influence", "trak", "d-trak"]
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     benchmark = load_benchmark(arguments.work / "encoded", "all")
     out = arguments.work / "scores"
     out.mkdir(exist_ok=True)
     started = time.monotonic()
-    for method, scores in first_order(benchmark, arguments.work):
+    work = arguments.work
+    families = {
+        "similarity": lambda: similarities(benchmark),
+        "influence": lambda: influence(benchmark, work),
+        "trak": lambda: kernels(benchmark, work, "loss"),
+        "d-trak": lambda: kernels(benchmark, work, "output_norm"),
+    }
+    for method, scores in itertools.chain.from_iterable(families[m]() for m in arguments.methods):
         np.save(out / f"{method}.npy", scores.T)
         print(f"{time.monotonic() - started:6.0f} s  {method}", flush=True)
 
