@@ -101,9 +101,8 @@ def kronecker_covariances(
         inputs[name] /= seen[name]
         outputs[name] /= seen[name]
         _check_finite(f"a covariance of {name}", inputs[name], outputs[name])
-    return KroneckerCovariances(
-        inputs, outputs, {n: seen[n] / count for n in parameters}, gradient, count
-    )
+    per_loss = {name: seen[name] / count for name in parameters}
+    return KroneckerCovariances(inputs, outputs, per_loss, gradient, count)
 
 
 def _check_finite(what: str, *values: Tensor) -> None:
