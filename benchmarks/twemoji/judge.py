@@ -1,0 +1,105 @@
+"""Judges every score in WORK by the retrained models: python benchmarks/twemoji/judge.py WORK
+
+Methods are tuned on one half of queries and subsets; on the other half the table reports them,
+with two-way bootstrap intervals. Writes results.json and a table in Markdown to OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from unsee.evaluation.intervals import bootstrap_lds, bootstrap_mean, paired_difference
+from unsee.evaluation.metrics import decoy_share, lds, noise_ceiling
+from unsee.evaluation.twemoji import Benchmark, load_benchmark
+from unsee.methods.base import Scores
+
+TOP = 50
+"""Of which the decoy share is taken; a random ranking has a tenth."""
+
+
+def stored(work: Path, benchmark: Benchmark) -> dict[str, np.ndarray]:
+    """Returns method -> [Q, N] float64, NaN rows where a query was not scored."""
+    found = {p.stem: np.load(p) for p in sorted((work / "scores").glob("*.npy"))}
+    place = {i: row for row, i in enumerate(benchmark.data.ids)}
+    for folder in sorted((work / "unlearned").glob("*")):
+        values = np.full((len(benchmark.queries), len(place)), np.nan)
+        for at, query in enumerate(benchmark.queries):
+            if (path := folder / f"{query.id}.parquet").is_file():
+                scores = Scores.load(path)
+                values[at, [place[i] for i in scores.ids]] = scores.values
+        found[folder.name] = values
+    return found
+
+
+def family(method: str) -> str:
+    """Returns the method without what is tuned."""
+    return method.rsplit(", damping", 1)[0].rsplit(", ridge", 1)[0]
+
+
+def judged(benchmark: Benchmark, methods: dict[str, np.ndarray], reference: str) -> list[dict]:
+    """Returns a row for each family, its setting chosen on the tuning half."""
+    outcomes, tuning = benchmark.outcomes(), benchmark.tuning
+    tune_masks, tune_losses = outcomes.half(tune=True)
+    masks, losses = outcomes.half(tune=False)
+    kinds = np.array([q.id.startswith("member") for q in benchmark.queries])
+    best: dict[str, tuple[float, str]] = {}
+    for name, scores in methods.items():
+        if family(name) == name and np.isnan(scores[tuning]).all():
+            best[name] = (float("nan"), name)  # nothing was tuned
+            continue
+        value = float(lds(scores[tuning], tune_masks, tune_losses[:, tuning]).mean())
+        best[family(name)] = max(best.get(family(name), (-np.inf, "")), (value, name))
+    base = methods[best[reference][1]]
+    rows = []
+    for value, name in best.values():
+        scores = methods[name]
+        have = ~tuning & np.isfinite(scores).all(1)
+        row = {"method": family(name), "chosen": name, "queries": int(have.sum()),
+               "subsets": len(masks), "tuned_lds": value}  # fmt: skip
+        estimate = bootstrap_lds(scores[have], masks, losses[:, have])
+        row["lds"] = [estimate.value, estimate.low, estimate.high]
+        for kind, chosen in (("lds_member", have & kinds), ("lds_new", have & ~kinds)):
+            row[kind] = float(lds(scores[chosen], masks, losses[:, chosen]).mean())
+        shares = decoy_share(scores[have], ~benchmark.members, TOP)
+        row["decoys"] = bootstrap_mean(shares).value
+        if name != best[reference][1]:
+            d = paired_difference(scores[have], base[have], masks, losses[:, have])
+            row["over_reference"] = [d.value, d.low, d.high]
+        rows.append(row)
+    return sorted(rows, key=lambda r: -r["lds"][0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--reference", default="influence, diagonal per draw")
+    arguments = parser.parse_args()
+    benchmark = load_benchmark(arguments.work / "encoded")
+    outcomes = benchmark.outcomes()
+    methods = stored(arguments.work, benchmark)
+    rows = judged(benchmark, methods, arguments.reference)
+    about = {"subsets": len(outcomes.numbers), "reference": arguments.reference}
+    if len(outcomes.first) >= 3:
+        r = noise_ceiling(outcomes.first, outcomes.second)
+        about["seed_correlation"] = float(r.mean())
+        about["subsets_twice"] = len(outcomes.first)
+    text = json.dumps({**about, "rows": rows}, indent=1) + "\n"
+    (arguments.out / "results.json").write_text(text, encoding="utf-8")
+    print(about)
+    print(f"| method | setting | LDS | members | new | over {arguments.reference} | decoys |")
+    print("|---|---|---|---|---|---|---|")
+    for r in rows:
+        setting = r["chosen"].removeprefix(r["method"]).strip(", ") or "-"
+        over = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*r["over_reference"]) if "over_reference" in r \
+            else "-"  # fmt: skip
+        print("| {} | {} | {:.3f} [{:.3f}, {:.3f}] | {:.3f} | {:.3f} | {} | {:.0%} |".format(
+            r["method"], setting, *r["lds"], r["lds_member"], r["lds_new"], over, r["decoys"]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
