@@ -94,11 +94,18 @@ def main() -> None:
     print(f"| method | setting | LDS | members | new | over {arguments.reference} | decoys |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:
-        setting = r["chosen"].removeprefix(r["method"]).strip(", ") or "-"
-        over = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*r["over_reference"]) if "over_reference" in r \
-            else "-"  # fmt: skip
-        print("| {} | {} | {:.3f} [{:.3f}, {:.3f}] | {:.3f} | {:.3f} | {} | {:.0%} |".format(
-            r["method"], setting, *r["lds"], r["lds_member"], r["lds_new"], over, r["decoys"]))  # fmt: skip
+        print(line(r))
+
+
+def line(row: dict) -> str:
+    """Returns a row of the table in Markdown."""
+    setting = row["chosen"].removeprefix(row["method"]).strip(", ") or "-"
+    over = "-"
+    if "over_reference" in row:
+        over = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["over_reference"])
+    value = "{:.3f} [{:.3f}, {:.3f}]".format(*row["lds"])
+    kinds = f"{row['lds_member']:.3f} | {row['lds_new']:.3f}"
+    return f"| {row['method']} | {setting} | {value} | {kinds} | {over} | {row['decoys']:.0%} |"
 
 
 if __name__ == "__main__":
