@@ -1,7 +1,7 @@
 """Judges every score in WORK by the retrained models: python benchmarks/twemoji/judge.py WORK
 
 Methods are tuned on one half of queries and subsets; on the other half the table reports them,
-with two-way bootstrap intervals. Writes results.json and a table in Markdown to OUT.
+with intervals over queries and subsets. Writes results.json and a table in Markdown to OUT.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unsee.evaluation.intervals import bootstrap_lds, bootstrap_mean, paired_difference
+from unsee.evaluation.intervals import lds_interval, mean_interval, paired_difference
 from unsee.evaluation.metrics import decoy_share, lds, noise_ceiling
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
 from unsee.methods.base import Scores
@@ -60,12 +60,12 @@ def judged(benchmark: Benchmark, methods: dict[str, np.ndarray], reference: str)
         have = ~tuning & np.isfinite(scores).all(1)
         row = {"method": family(name), "chosen": name, "queries": int(have.sum()),
                "subsets": len(masks), "tuned_lds": value}  # fmt: skip
-        estimate = bootstrap_lds(scores[have], masks, losses[:, have])
+        estimate = lds_interval(scores[have], masks, losses[:, have])
         row["lds"] = [estimate.value, estimate.low, estimate.high]
         for kind, chosen in (("lds_member", have & kinds), ("lds_new", have & ~kinds)):
             row[kind] = float(lds(scores[chosen], masks, losses[:, chosen]).mean())
         shares = decoy_share(scores[have], ~benchmark.members, TOP)
-        row["decoys"] = bootstrap_mean(shares).value
+        row["decoys"] = mean_interval(shares).value
         if name != best[reference][1]:
             d = paired_difference(scores[have], base[have], masks, losses[:, have])
             row["over_reference"] = [d.value, d.low, d.high]
