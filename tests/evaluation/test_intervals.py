@@ -169,7 +169,7 @@ def test_intervals_refuse(rng):
         lds_interval(good, masks[:7], losses[:7])
     with pytest.raises(ValueError, match="resamples = 1 must be at least 2"):
         lds_interval(good, masks, losses, resamples=1)
-    with pytest.raises(ValueError, match="6 queries, level 95; at least 2"):
+    with pytest.raises(ValueError, match="level = 95 must be between 0 and 1"):
         paired_difference(good, worse, masks, losses, level=95)
     with pytest.raises(ValueError, match=r"scores are \[6, 39\]"):
         paired_difference(good, worse[:, 1:], masks, losses)
@@ -192,7 +192,7 @@ def test_mean_interval_agrees_with_scipy(rng):
 
 def test_mean_interval_refuses():
     for few in ([], [1.0]):
-        with pytest.raises(ValueError, match=r"queries, level 0\.95; at least 2"):
+        with pytest.raises(ValueError, match="queries; it takes at least 2"):
             mean_interval(np.array(few))
     with pytest.raises(ValueError, match="nan at query 1"):
         mean_interval(np.array([0, np.nan]))

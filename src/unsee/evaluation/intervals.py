@@ -242,8 +242,10 @@ def _resampled_lds(
 def _estimate(values: np.ndarray, resampled: np.ndarray, level: float) -> Estimate:
     """Returns the interval of the mean of values [Q], and what models do to them [Q, R]."""
     count = len(values)
-    if count < 2 or not 0 < level < 1:
-        raise ValueError(f"interval: {count} queries, level {level}; at least 2, and in (0, 1)")
+    if count < 2:
+        raise ValueError(f"interval: {count} queries; it takes at least 2")
+    if not 0 < level < 1:
+        raise ValueError(f"interval: level = {level} must be between 0 and 1, such as 0.95")
     variance = values.var(ddof=1) / count
     # Sum over pairs of different queries of their covariance: that of the sum less the own.
     shared = resampled.mean(0).var() - resampled.var(1).sum() / count**2
