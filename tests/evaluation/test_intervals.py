@@ -114,7 +114,7 @@ def expected_lds(world, subsets):
     """The mean over many worlds of the LDS of both methods."""
     rng = np.random.default_rng(99)
     values = []
-    for _ in range(100):
+    for _ in range(60):
         good, worse, masks, losses = world(rng, 40, subsets)
         values.append([lds(s, masks, losses).mean() for s in (good, worse)])
     return np.mean(values, 0)
@@ -138,8 +138,8 @@ def test_intervals_cover_the_truth(world, least):
     ones, pairs = [], []
     for _ in range(80):
         good, worse, masks, losses = world(rng, 8, 24)
-        ones.append(lds_interval(good, masks, losses, resamples=200))
-        pairs.append(paired_difference(good, worse, masks, losses, resamples=200))
+        ones.append(lds_interval(good, masks, losses, resamples=100))
+        pairs.append(paired_difference(good, worse, masks, losses, resamples=100))
     for estimates, truth in ((ones, good_lds), (pairs, good_lds - worse_lds)):
         assert sum(e.low <= truth <= e.high for e in estimates) >= least
         spread = 2 * 2.365 * np.std([e.value for e in estimates])  # t with 7 degrees of freedom
