@@ -89,7 +89,9 @@ def test_lds_of_the_other_half_and_another_level(results, data, ids, capsys) -> 
         ({"--data": "twemoji"}, "are of another data set"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_exit_code_2(changes, message, results, data, capsys) -> None:
+def test_bad_input_ends_in_one_line_and_exit_code_2(
+    changes, message, results, data, capsys
+) -> None:
     good, bad, outcomes = results
     options = {"--outcomes": outcomes, "--data": str(data), **changes}
     flat = [part for option in options.items() for part in option]
