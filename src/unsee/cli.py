@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .cli_arguments import DATA_HELP, MODEL_HELP, box, open_data, positive, quiet_loading
+from .cli_evaluate import add_evaluate
+from .cli_train import add_train
 
 if TYPE_CHECKING:
     from .data.dataset import ImageDataset
     from .models.base import Denoiser
-    from .training.loop import Optimization
-
-DATA_HELP = "training data: 'twemoji', or a folder with metadata.jsonl (file_name, text)"
-MODEL_HELP = "a diffusers pipeline: a folder, a hub id, or 'demo' for the model that ships"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_attribute(commands)
-    _add_train(commands)
+    add_train(commands)
+    add_evaluate(commands)
     _add_reproduce(commands)
     _add_doctor(commands)
     _add_info(commands)
@@ -74,6 +74,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo, write_demo_model
 
+    quiet_loading()
     if args.model_only:
         print(write_demo_model(args.model_only))
     else:
@@ -93,29 +94,31 @@ def _add_attribute(commands: argparse._SubParsersAction) -> None:
     picture = command.add_mutually_exclusive_group(required=True)
     picture.add_argument("--seed", type=int, help="generate the picture with this seed")
     picture.add_argument("--image", type=Path, help="take this picture")
-    command.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1",
+    command.add_argument("--box", type=box, metavar="X0,Y0,X1,Y1",
                          help="only this part of the picture, in its pixels")  # fmt: skip
-    command.add_argument("--top", type=_positive, default=10, help="how many to show")
+    command.add_argument("--top", type=positive, default=10, help="how many to show")
     command.add_argument("--out", type=Path, default=Path("runs/attribute"))
     command.add_argument("--work", type=Path, help="intermediate results (default: OUT/work)")
-    command.add_argument("--sampler-steps", type=_positive, default=50)
-    command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    command.add_argument("--sampler-steps", type=positive, default=50)
+    command.add_argument(
+        "--guidance", type=float, help="classifier-free guidance (default: 7.5; the demo uses 3)"
+    )
     _add_method_options(command)
     command.set_defaults(run=_attribute)
 
 
 def _add_method_options(command: argparse.ArgumentParser) -> None:
     method = command.add_argument_group("method")
-    method.add_argument("--draws", type=_positive, default=10, help="draws per training example")
-    method.add_argument("--query-draws", type=_positive, default=200)
+    method.add_argument("--draws", type=positive, default=10, help="draws per training example")
+    method.add_argument("--query-draws", type=positive, default=200)
     method.add_argument("--rise", type=float, default=0.05,
                         help="unlearn until the picture's own loss rose by this share")  # fmt: skip
     method.add_argument("--step-size", type=float, help="fixed step instead; the paper's is 0.01/N")
-    method.add_argument("--steps", type=_positive, default=1, help="unlearning steps")
+    method.add_argument("--steps", type=positive, default=1, help="unlearning steps")
     method.add_argument("--damping", type=float, default=0.1, help="0 is the published update")
     method.add_argument("--flips", action="store_true", help="also score mirrored pictures")
     method.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
-    method.add_argument("--batch-size", type=_positive, default=80, help="forward passes at once")
+    method.add_argument("--batch-size", type=positive, default=80, help="forward passes at once")
     _add_model_options(command)
 
 
@@ -170,149 +173,13 @@ def _open(args: argparse.Namespace) -> tuple[Denoiser, ImageDataset]:
     from .models.base import Denoiser
     from .models.loading import load_lora, load_pipeline
 
-    data = _open_data(args.data, args.skip_bad)
+    data = open_data(args.data, args.skip_bad)
+    quiet_loading()
     source = write_demo_model() if args.model == "demo" else args.model
     pipeline = load_pipeline(source, args.dtype, args.device)
     if args.lora:
         load_lora(pipeline, args.lora)
     return Denoiser.from_pipeline(pipeline, args.parameters), data
-
-
-def _open_data(name: str, skip_bad: bool = False) -> ImageDataset:
-    from .data.dataset import load_dataset
-
-    if name in ("twemoji", "twemoji-skin-tones"):
-        return load_dataset("twemoji", skin_tones=name == "twemoji-skin-tones")
-    return load_dataset("imagefolder", data_dir=name, on_error="skip" if skip_bad else "raise")
-
-
-# -- train --------------------------------------------------------------------------------------
-
-
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    train = commands.add_parser("train", help="train a small model, or fine-tune one with LoRA")
-    kinds = train.add_subparsers(required=True, metavar="WHAT")
-
-    command = kinds.add_parser("autoencoder", help="pictures to latents and back, from scratch")
-    command.add_argument("data", metavar="DATA", help=DATA_HELP)
-    command.add_argument("out", metavar="OUT", type=Path)
-    command.add_argument("--resolution", type=_positive, default=64)
-    command.add_argument("--channels", type=_integers, default=(16, 24, 64, 128))
-    command.add_argument("--latent-channels", type=_positive, default=8)
-    command.add_argument("--kl-weight", type=float, default=1e-4)
-    _add_optimization(command, steps=7000, batch_size=8, learning_rate=1e-3)
-    command.set_defaults(run=_train_autoencoder)
-
-    command = kinds.add_parser("text-to-image", help="a latent diffusion pipeline, from scratch")
-    command.add_argument("data", metavar="DATA", help=DATA_HELP)
-    command.add_argument("out", metavar="OUT", type=Path)
-    command.add_argument("--autoencoder", type=Path, required=True, help="an AutoencoderKL folder")
-    command.add_argument("--text-encoder", default="minilm",
-                         help="'minilm' (from its pip package), a folder or a hub id")  # fmt: skip
-    command.add_argument("--max-tokens", type=_positive, default=20)
-    command.add_argument("--channels", type=_integers, default=(64, 128))
-    command.add_argument("--layers-per-block", type=_positive, default=1)
-    command.add_argument("--heads", type=_positive, default=4)
-    command.add_argument("--prediction-type", default="v_prediction",
-                         choices=("epsilon", "v_prediction", "sample"))  # fmt: skip
-    command.add_argument("--beta-schedule", default="squaredcos_cap_v2")
-    command.add_argument("--snr-gamma", type=float, help="Min-SNR weighting of timesteps")
-    _add_finetuning(command, caption_dropout=0.1)
-    _add_optimization(command, steps=20000, batch_size=32, learning_rate=1e-3)
-    command.set_defaults(run=_train_text_to_image)
-
-    command = kinds.add_parser("lora", help="fine-tune a pipeline with low-rank adapters")
-    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    command.add_argument("data", metavar="DATA", help=DATA_HELP)
-    command.add_argument("out", metavar="OUT", type=Path)
-    command.add_argument("--rank", type=_positive, default=8)
-    command.add_argument("--device")
-    _add_finetuning(command, caption_dropout=0.0)
-    _add_optimization(command, steps=1000, batch_size=8, learning_rate=1e-3)
-    command.set_defaults(run=_train_lora)
-
-
-def _add_finetuning(command: argparse.ArgumentParser, caption_dropout: float) -> None:
-    command.add_argument("--caption-dropout", type=float, default=caption_dropout)
-    command.add_argument("--leave-out", type=Path, metavar="FILE",
-                         help="ids that are not trained on, one a line")  # fmt: skip
-
-
-def _add_optimization(command: argparse.ArgumentParser, **defaults: float) -> None:
-    command.add_argument("--steps", type=_positive, default=defaults["steps"])
-    command.add_argument("--batch-size", type=_positive, default=defaults["batch_size"])
-    command.add_argument("--learning-rate", type=float, default=defaults["learning_rate"])
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--threads", type=_positive, help="processor threads of PyTorch")
-    command.add_argument("--skip-bad", action="store_true",
-                         help="leave out pictures that cannot be read, with a warning")  # fmt: skip
-
-
-def _train_autoencoder(args: argparse.Namespace) -> None:
-    from .training import commands
-    from .training.autoencoder import AutoencoderRecipe
-
-    recipe = AutoencoderRecipe(
-        resolution=args.resolution, channels=args.channels,
-        latent_channels=args.latent_channels, kl_weight=args.kl_weight,
-    )  # fmt: skip
-    data = _open_data(args.data, args.skip_bad)
-    print(commands.autoencoder(data, args.out, recipe, _optimization(args)))
-
-
-def _train_text_to_image(args: argparse.Namespace) -> None:
-    from .training import commands
-    from .training.text_to_image import UNetRecipe
-
-    recipe = UNetRecipe(
-        channels=args.channels, layers_per_block=args.layers_per_block, heads=args.heads,
-        prediction_type=args.prediction_type, beta_schedule=args.beta_schedule,
-        snr_gamma=args.snr_gamma,
-    )  # fmt: skip
-    data = _open_data(args.data, args.skip_bad)
-    print(
-        commands.text_to_image(
-            data, args.out, recipe, _optimization(args), autoencoder=args.autoencoder,
-            text_encoder=args.text_encoder, max_tokens=args.max_tokens,
-            caption_dropout=args.caption_dropout, leave_out=_ids(args.leave_out),
-            on_error="skip" if args.skip_bad else "raise",
-        )
-    )  # fmt: skip
-
-
-def _train_lora(args: argparse.Namespace) -> None:
-    from .demo import write_demo_model
-    from .models.loading import load_pipeline
-    from .training import commands
-
-    data = _open_data(args.data, args.skip_bad)
-    source = write_demo_model() if args.model == "demo" else args.model
-    pipeline = load_pipeline(source, device=args.device)
-    print(
-        commands.lora(
-            pipeline, data, args.out, _optimization(args), rank=args.rank,
-            caption_dropout=args.caption_dropout, leave_out=_ids(args.leave_out),
-            on_error="skip" if args.skip_bad else "raise",
-        )
-    )  # fmt: skip
-
-
-def _optimization(args: argparse.Namespace) -> Optimization:
-    import torch
-
-    from .training.loop import Optimization
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return Optimization(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
-
-
-def _ids(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    if not path.is_file():
-        raise ValueError(f"--leave-out {path}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 # -- reproduce, doctor, info --------------------------------------------------------------------
@@ -326,6 +193,9 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--query", type=int, required=True, help="which query, from 0")
     command.add_argument("--draws", type=Path, help="recorded noise and timesteps (.npz)")
     command.add_argument("--out", type=Path, required=True, help=".npz with influence and rank")
+    command.add_argument("--work", type=Path, help="finished parts, one folder for all queries")
+    command.add_argument("--seed", type=int, default=0, help="of our own draws")
+    command.add_argument("--batch-size", type=positive, default=80, help="passes at once")
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     command.set_defaults(run=_reproduce)
 
@@ -334,7 +204,10 @@ def _reproduce(args: argparse.Namespace) -> None:
     from .models.loading import choose_device
     from .reproduce import reproduce
 
-    reproduce(args.data, args.query, args.out, draws=args.draws, device=choose_device(args.device))
+    reproduce(
+        args.data, args.query, args.out, draws=args.draws, seed=args.seed, work=args.work,
+        batch_size=args.batch_size, device=choose_device(args.device),
+    )  # fmt: skip
     print(args.out)
 
 
@@ -371,28 +244,6 @@ def _info(args: argparse.Namespace) -> None:
 
     for line in describe(args.path):
         print(line)
-
-
-# -- argument types -----------------------------------------------------------------------------
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
-
-
-def _box(text: str) -> tuple[int, int, int, int]:
-    try:
-        x0, y0, x1, y1 = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not x0,y0,x1,y1 in pixels") from None
-    return x0, y0, x1, y1
 
 
 if __name__ == "__main__":

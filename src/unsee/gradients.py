@@ -24,11 +24,16 @@ Calls = list[tuple[Tensor, Tensor]]
 """(input, gradient with respect to the output) of every call of a module, rows first."""
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float64, on the CPU where its device (Apple's mps) has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def mean_gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradients:
     """Returns the gradient of `loss.mean()` in float64, without touching `.grad`."""
     values = torch.autograd.grad(loss.mean(), list(parameters.values()), allow_unused=True)
     return {
-        name: (torch.zeros_like(p) if g is None else g).double()
+        name: wide(torch.zeros_like(p) if g is None else g)
         for (name, p), g in zip(parameters.items(), values, strict=True)
     }
 

@@ -22,7 +22,7 @@ from .data.published import FISHER, MODEL, file_fingerprint
 from .data.recorded import RecordedDraws
 from .draws import Draws, DrawSource
 from .files import write_atomically
-from .methods.forward import forward_losses
+from .methods.forward import exact_kernels, forward_losses
 from .methods.published import Experiment, MicroBatches, UnlearningDraws, unlearn
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ def reproduce(
     }
     parts = Path(work) if work is not None else out.with_name(out.name + ".work")
     _claim(parts, settings)
-    # TensorFloat-32 convolutions would cost three digits of a small difference of losses.
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with exact_kernels():
         measured = _measure(experiment, source, micro_batches, batch_size, parts)
     result = Reproduction(**measured, settings={"query": query, **settings})
     result.save(out)

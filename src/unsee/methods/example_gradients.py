@@ -97,6 +97,7 @@ class QueryExamples:
         self.queries = list(queries)
         self.ids = [q.id for q in queries]
         self.caption_counts = [1] * len(queries)
+        self.has_flips = True
 
     @property
     def fingerprint(self) -> str:
@@ -152,18 +153,20 @@ def example_gradients(
     for number, first in enumerate(starts):
         rows = range(first, min(first + shard_size, len(data.ids)))
         path = folder / f"{number:05d}-of-{len(starts):05d}.npy" if folder else None
-        if path is None or not path.is_file():
-            shard = np.empty((len(rows), width), dtype=np.float32)
-            with model.gradients_on():
-                for place, row in enumerate(rows):
-                    shard[place] = _gradient(model, data, draws, row, measure, batch_size)
-                    bar.update()
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda p, shard=shard: _save(p, shard))
-        else:
+        if path is not None and path.is_file():
             bar.update(len(rows))
-        shards.append(shard if path is None else np.load(path, mmap_mode="r", allow_pickle=False))
+            shards.append(_load(path, (len(rows), width)))
+            continue
+        shard = np.empty((len(rows), width), dtype=np.float32)
+        with model.gradients_on():
+            for place, row in enumerate(rows):
+                shard[place] = _gradient(model, data, draws, row, measure, batch_size)
+                bar.update()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda p, shard=shard: _save(p, shard))
+            shard = _load(path, shard.shape)
+        shards.append(shard)
     bar.close()
     return GradientMatrix(list(data.ids), names, shapes, shards)
 
@@ -171,6 +174,16 @@ def example_gradients(
 def _save(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, array, allow_pickle=False)
+
+
+def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
+    if shard.shape != shape:
+        raise ValueError(f"{path} holds {shard.shape}, not {shape}: delete it and run again")
+    return shard
 
 
 def _gradient(

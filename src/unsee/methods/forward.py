@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,21 @@ from ..data.latents import EncodedExamples
 from ..draws import DrawSource
 from ..files import write_atomically
 from ..models.base import Denoiser
+
+
+@contextlib.contextmanager
+def exact_kernels() -> Iterator[None]:
+    """Switches off TensorFloat-32 on CUDA in a `with` block, and restores the settings after.
+
+    It would cost three digits of a small difference of losses.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -109,7 +125,7 @@ def _view_losses(
         latents, text, timesteps, noise = gather(data, draws, batch, flipped)
         for d in range(0, draws.n, chunk):
             losses = model.loss(latents, text, timesteps[:, d : d + chunk], noise[:, d : d + chunk])
-            values = losses.double().cpu().numpy()
+            values = losses.cpu().double().numpy()
             if not np.isfinite(values).all():
                 bad = batch[int(np.argwhere(~np.isfinite(values))[0][0])]
                 raise ValueError(

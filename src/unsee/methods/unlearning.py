@@ -21,11 +21,11 @@ from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC
 from ..data.latents import EncodedExamples
 from ..draws import Draws
-from ..gradients import Gradients, mean_gradient
+from ..gradients import Gradients, mean_gradient, wide
 from ..models.base import Denoiser
 from ..query import Query
 from .base import Scores
-from .forward import forward_losses, gather, noise_floor, settings_key
+from .forward import exact_kernels, forward_losses, gather, noise_floor, settings_key
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def query_loss(model: Denoiser, query: Query, draws: Draws, batch_size: int = 80
     """Returns the query's loss, averaged over its draws (and its mask's cells, if any)."""
     timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
     values = [
-        model.loss(query.latents[None], query.text[None], t[None], e[None], query.mask).double()
+        wide(model.loss(query.latents[None], query.text[None], t[None], e[None], query.mask))
         for t, e in zip(timesteps.split(batch_size), noise.split(batch_size), strict=True)
     ]
     return float(torch.cat(values, 1).mean())
@@ -162,10 +162,11 @@ class AbU:
                 "flips = True, but flips were not encoded: use encode_dataset(flips=True)"
             )
 
+    @exact_kernels()
     def unlearn(self, query: Query) -> Unlearned:
         """Finds weights that raise the query's loss; the model itself is left as it is."""
         model = self.model
-        weights: Weights = {n: p.detach().double().clone() for n, p in model.parameters.items()}
+        weights: Weights = {n: wide(p.detach()).clone() for n, p in model.parameters.items()}
         before = query_loss(model, query, self.query_draws)
         if not np.isfinite(before):
             raise ValueError(
@@ -255,6 +256,7 @@ class AbU:
                 description="losses before" if weights is None else "losses after",
             )  # fmt: skip
 
+    @exact_kernels()
     def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
         """Scores training examples by the rise of their loss.
 
@@ -334,5 +336,5 @@ class AbU:
 def _checksum(tensor: Tensor) -> str:
     import hashlib
 
-    data = tensor.detach().double().cpu().contiguous().numpy().tobytes()
+    data = tensor.detach().cpu().double().contiguous().numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from ..data.dataset import ImageDataset
+from ..data.dataset import ImageDataset, OnError
 from .loop import BatchOrder, Optimization, seeded_weights, train
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,38 @@ class AutoencoderRecipe:
     kl_weight: float = 1e-4
 
 
-def load_pixels(data: ImageDataset, resolution: int) -> Tensor:
+def load_pixels(data: ImageDataset, resolution: int, on_error: OnError = "raise") -> Tensor:
     """Returns all pictures as float32 [N, 3, resolution, resolution] in [-1, 1].
 
     Pictures that are not square lose their margins, as they do in `Denoiser.encode_images`.
 
+    Args:
+        data: the pictures.
+        resolution: side in pixels.
+        on_error: `"skip"` leaves out pictures that cannot be read, with a warning.
+
     Raises:
-        ValueError: a picture cannot be read.
+        ValueError: a picture cannot be read, or none can.
     """
     import numpy as np
 
     pictures = []
-    for example in data:
+    for row in range(len(data)):
+        try:
+            example = data[row]
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            logger.warning("left out: %s", error)
+            continue
         width, height = example.image.size
         side = min(width, height)
         left, upper = (width - side) // 2, (height - side) // 2
         square = example.image.crop((left, upper, left + side, upper + side))
         picture = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
         pictures.append(torch.from_numpy(np.asarray(picture).copy()))
+    if not pictures:
+        raise ValueError(f"data set {data.name!r}: no picture can be read")
     return torch.stack(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 

@@ -28,15 +28,29 @@ RECORD = "training.json"
 
 
 def autoencoder(
-    data: ImageDataset, out: Path, recipe: AutoencoderRecipe, optimization: Optimization
+    data: ImageDataset,
+    out: Path,
+    recipe: AutoencoderRecipe,
+    optimization: Optimization,
+    *,
+    on_error: OnError = "raise",
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Trains an autoencoder and saves it in `out`; returns `out`.
+
+    Args:
+        data: the pictures; captions are not looked at.
+        out: folder of the autoencoder and the checkpoint.
+        recipe: architecture and loss.
+        optimization: optimiser, seed, checkpoints.
+        on_error: what to do with pictures that cannot be read.
+        device: where to train.
 
     Raises:
         ValueError: see `unsee.training.loop.train`, or a picture that cannot be read.
     """
-    pixels = load_pixels(data, recipe.resolution)
-    model = train_autoencoder(pixels, recipe, optimization, out)
+    pixels = load_pixels(data, recipe.resolution, on_error)
+    model = train_autoencoder(pixels, recipe, optimization, out, device=device)
     model.save_pretrained(out)
     quality = psnr(model, pixels)
     _record(out, data, recipe, optimization, psnr_db=float(quality.mean()))
@@ -55,6 +69,7 @@ def text_to_image(
     caption_dropout: float = 0.1,
     leave_out: Sequence[str] = (),
     on_error: OnError = "raise",
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Trains a UNet from scratch and saves a complete Stable Diffusion pipeline in `out`.
 
@@ -69,6 +84,7 @@ def text_to_image(
         caption_dropout: share of examples trained with the empty prompt.
         leave_out: ids of examples that are not trained on.
         on_error: what to do with pictures that cannot be read.
+        device: where to train.
 
     Raises:
         ValueError: the autoencoder does not load, or see `unsee.training.loop.train`.
@@ -78,7 +94,7 @@ def text_to_image(
     torch.manual_seed(optimization.seed)
     size = int(vae.config["sample_size"]) // 2 ** (len(vae.config["block_out_channels"]) - 1)
     unet = build_unet(recipe, vae.config["latent_channels"], size, encoder.config.hidden_size)
-    pipeline = assemble_pipeline(vae, unet, build_scheduler(recipe), encoder, tokenizer)
+    pipeline = assemble_pipeline(vae, unet, build_scheduler(recipe), encoder, tokenizer).to(device)
     denoiser = UNetDenoiser.from_pipeline(pipeline, "all")
     encoded = encode_dataset(denoiser, data, cache=out / "work", on_error=on_error)
     train_denoiser(
