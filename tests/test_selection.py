@@ -40,3 +40,9 @@ def test_a_pattern_without_a_match_is_named(parameters):
 def test_an_empty_selection_is_refused(parameters):
     with pytest.raises(ValueError, match="parameters"):
         select_parameters(NAMES, parameters, PRESETS)
+
+
+def test_a_layer_under_an_adapter_is_the_same_layer():
+    names = ["a.attn2.to_k.base_layer.weight", "a.attn2.to_k.lora_A.weight", "a.attn2.to_v.weight"]
+    assert select_parameters(names, "kv", PRESETS) == [names[0], names[2]]
+    assert select_parameters(names, "*lora_*", PRESETS) == [names[1]]

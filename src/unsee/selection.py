@@ -25,9 +25,14 @@ def select_parameters(
     if not patterns:
         raise ValueError(f"parameters: no pattern is given; use one of {', '.join(presets)}")
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_matches(name, pattern) for name in names):
             raise ValueError(
                 f"parameters: {pattern!r} matches none of the model's {len(names)} parameters; "
                 f"use one of {', '.join(presets)}, or a pattern like {names[0]!r}"
             )
-    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    return [name for name in names if any(_matches(name, p) for p in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # PEFT puts a layer that has an adapter one level down; it is the same layer to a pattern.
+    return fnmatchcase(name, pattern) or fnmatchcase(name.replace(".base_layer.", "."), pattern)

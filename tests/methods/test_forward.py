@@ -10,7 +10,7 @@ from tests.methods.conftest import examples
 from tests.reference.unlearning import training_losses
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
-from unsee.methods.forward import forward_losses, gather, noise_floor, settings_key
+from unsee.methods.forward import exact_kernels, forward_losses, gather, noise_floor, settings_key
 
 DRAWS = Draws(seed=2, n=3)
 FEW = ["picture-0", "picture-1", "picture-2"]
@@ -160,3 +160,15 @@ def test_gather_keeps_an_examples_things_together(double):
 def test_settings_key_follows_values_not_order():
     assert settings_key({"a": 1, "b": [2]}) == settings_key({"b": [2], "a": 1})
     assert settings_key({"a": 1}) != settings_key({"a": 2})
+
+
+def test_tensorfloat_is_off_inside_and_as_before_after() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with exact_kernels():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

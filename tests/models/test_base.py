@@ -250,3 +250,10 @@ def test_two_text_encoders_are_refused(tiny_pipeline):
     tiny_pipeline.text_encoder_2 = tiny_pipeline.text_encoder
     with pytest.raises(ValueError, match="two text encoders"):
         Denoiser.from_pipeline(tiny_pipeline)
+
+
+def test_two_pictures_of_one_prompt_are_two_queries(tiny_model: Denoiser) -> None:
+    red, blue = (Image.new("RGB", tiny_model.resolution, c) for c in ("red", "blue"))
+    first, second = (tiny_model.query(p, "a shape") for p in (red, blue))
+    assert first.id != second.id
+    assert tiny_model.query(red.copy(), "a shape").id == first.id

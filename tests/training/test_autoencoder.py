@@ -95,3 +95,16 @@ def test_pixels_are_centred_squares_from_minus_one_to_one(image_folder: Path) ->
     green = torch.tensor([-1.0, 1.0, -1.0])[:, None, None].expand(3, 16, 16)
     assert torch.equal(pixels[row], green)  # the red margins are cut, not squeezed
     assert float(pixels[row - 1 if row else 1].max()) == 1.0  # white
+
+
+def test_pictures_that_cannot_be_read_are_left_out_where_asked(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = load_dataset("imagefolder", data_dir=image_folder)
+    bad = sorted(image_folder.glob("*.png"))[0]
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(ValueError, match=bad.name):
+        load_pixels(data, 32)
+    pixels = load_pixels(data, 32, on_error="skip")
+    assert len(pixels) == len(data) - 1
+    assert bad.name in caplog.text

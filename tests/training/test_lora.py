@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unsee.data.latents import EncodedDataset
+from unsee.data.dataset import load_dataset
+from unsee.data.latents import EncodedDataset, encode_dataset
 from unsee.draws import Draws
 from unsee.methods.unlearning import AbU, fit_diagonal_fisher
 from unsee.models.base import Denoiser
+from unsee.models.loading import load_lora
+from unsee.training.commands import lora, training_loss
 from unsee.training.loop import Optimization
 from unsee.training.lora import train_lora
 
@@ -217,3 +221,20 @@ def test_without_peft_the_remedy_is_named(
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"pip install 'unsee\[lora\]'"):
         train_lora(tiny_pipeline, data, null_text, OPTIMIZATION, tmp_path)
+
+
+def test_the_record_holds_the_loss_with_the_adapter(
+    tiny_pipeline: StableDiffusionPipeline, image_folder: Path, tmp_path: Path
+) -> None:
+    data = load_dataset("imagefolder", data_dir=image_folder)
+    lora(tiny_pipeline, data, tmp_path / "lora", OPTIMIZATION, rank=2)
+    recorded = json.loads((tmp_path / "lora" / "training.json").read_text())["loss"]
+    model = Denoiser.from_pipeline(tiny_pipeline)  # without adapter: the pipeline is as it was
+    assert not any("lora" in name for name, _ in model.network.named_parameters())
+    encoded = encode_dataset(model, data, cache=tmp_path / "work")
+    base = training_loss(model, encoded)
+    load_lora(tiny_pipeline, tmp_path / "lora")
+    adapted = Denoiser.from_pipeline(tiny_pipeline)  # K and V below the adapters
+    assert all(name.endswith("base_layer.weight") for name in adapted.parameters)
+    assert recorded == pytest.approx(training_loss(adapted, encoded), rel=1e-6)
+    assert recorded < base

@@ -150,9 +150,12 @@ class Denoiser(ABC):
                     f"part of the {picture.width}x{picture.height} picture that the model sees"
                 )
             box = x0, y0, x1, y1
+        latents = self.encode_images([picture])[0]
+        # Of the pixels, so that two pictures of one prompt are two queries.
+        mark = hashlib.sha256(picture.crop(seen).tobytes()).hexdigest()[:8]
         query = Query(
-            id=f"image:{prompt}",
-            latents=self.encode_images([picture])[0],
+            id=f"image-{mark}:{prompt}",
+            latents=latents,
             text=self.encode_prompts([prompt])[0],
             prompt=prompt,
             image=picture.crop(seen),

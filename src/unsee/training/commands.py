@@ -16,6 +16,7 @@ from ..data.dataset import ImageDataset, OnError
 from ..data.latents import EncodedDataset, encode_dataset
 from ..draws import Draws
 from ..files import write_atomically
+from ..models.loading import load_lora
 from ..models.unet import UNetDenoiser
 from .autoencoder import AutoencoderRecipe, load_pixels, psnr, train_autoencoder
 from .loop import Optimization
@@ -129,9 +130,14 @@ def lora(
         pipeline, encoded, null_text, optimization, out,
         rank=rank, leave_out=leave_out, caption_dropout=caption_dropout,
     )  # fmt: skip
-    # No loss: the adapter is off again, and the base model's would pass for the adapter's.
+    # The adapter is off again: the loss is that of what was saved, loaded as its users load it.
+    load_lora(pipeline, out)
+    try:
+        loss = training_loss(UNetDenoiser.from_pipeline(pipeline, "all"), encoded)
+    finally:
+        pipeline.unload_lora_weights()
     _record(out, data, None, optimization, rank=rank, caption_dropout=caption_dropout,
-            left_out=len(leave_out))  # fmt: skip
+            left_out=len(leave_out), loss=loss)  # fmt: skip
     return out
 
 
