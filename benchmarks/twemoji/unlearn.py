@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--queries", type=int, default=20, help="judged queries at most")
+    parser.add_argument("--rises", type=float, nargs="*", help="only these of the settings' rises")
     arguments = parser.parse_args()
     work = arguments.work
     torch.set_num_threads(1)
@@ -46,7 +47,7 @@ def main() -> None:
             curvature = (DiagonalFisher if kind.startswith("diagonal") else EKFAC).load(
                 work / "curvature" / f"{kind}.safetensors"
             )
-            for rise in rises:
+            for rise in rises if not arguments.rises else set(rises) & set(arguments.rises):
                 query = benchmark.queries[q]
                 path = work / "unlearned" / f"{name}, rise {rise:g}" / f"{query.id}.parquet"
                 if not path.is_file():
