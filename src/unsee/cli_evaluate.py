@@ -25,8 +25,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_outcomes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--outcomes", type=Path, required=True, metavar="FILE",
-                         help="Parquet: run, subset, seed, query, timestep_bin, loss")  # fmt: skip
+    truth = command.add_mutually_exclusive_group(required=True)
+    truth.add_argument("--outcomes", type=Path, metavar="FILE",
+                       help="Parquet: run, subset, seed, query, timestep_bin, loss")  # fmt: skip
+    truth.add_argument("--benchmark", choices=("twemoji",), help="the outcomes that ship")
     command.add_argument("--data", default="twemoji",
                          help=f"{DATA_HELP} (default: twemoji)")  # fmt: skip
     command.add_argument("--half", choices=("report", "tune", "all"), default="report",
@@ -38,9 +40,11 @@ def _add_outcomes(command: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from .evaluation.compare import compare
+    from .evaluation.twemoji import shipped
 
     data = open_data(args.data)
-    result = compare(args.scores, args.outcomes, data.ids, half=args.half, level=args.level)
+    outcomes = args.outcomes or shipped() / "outcomes.parquet"
+    result = compare(args.scores, outcomes, data.ids, half=args.half, level=args.level)
     for estimate, folder in zip(result.lds, args.scores, strict=True):
         print(f"{estimate}  {folder}")
     if (difference := result.difference) is not None:
