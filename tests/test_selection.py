@@ -46,3 +46,13 @@ def test_a_layer_under_an_adapter_is_the_same_layer():
     names = ["a.attn2.to_k.base_layer.weight", "a.attn2.to_k.lora_A.weight", "a.attn2.to_v.weight"]
     assert select_parameters(names, "kv", PRESETS) == [names[0], names[2]]
     assert select_parameters(names, "*lora_*", PRESETS) == [names[1]]
+
+
+def test_where_nothing_matches_lora_weights_are_pointed_at():
+    presets = {**PRESETS, "lora": ("*lora_*",)}
+    names = [*NAMES, "a.attn2.to_k.lora_A.default.weight"]
+    with pytest.raises(ValueError, match="use `--parameters lora`, as it has LoRA weights"):
+        select_parameters(names, "*to_kk*", presets)
+    with pytest.raises(ValueError) as error:
+        select_parameters(NAMES, "*to_kk*", presets)
+    assert "LoRA" not in str(error.value)

@@ -26,9 +26,12 @@ def select_parameters(
         raise ValueError(f"parameters: no pattern is given; use one of {', '.join(presets)}")
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
+            lora = presets.get("lora", ())
+            adapted = any(_matches(name, p) for name in names for p in lora)
+            hint = "`--parameters lora`, as it has LoRA weights, " if adapted else ""
             raise ValueError(
                 f"parameters: {pattern!r} matches none of the model's {len(names)} parameters; "
-                f"use one of {', '.join(presets)}, or a pattern like {names[0]!r}"
+                f"use {hint}one of {', '.join(presets)}, or a pattern like {names[0]!r}"
             )
     return [name for name in names if any(_matches(name, p) for p in patterns)]
 
