@@ -262,3 +262,23 @@ def test_averages_of_losses_do_not_hide_the_draws(net):
         per_example_gradients(
             net, dict(net.named_parameters()), lambda: net(x, y).unflatten(0, (3, 2)).mean(1)
         )
+
+
+@pytest.mark.skipif(not torch.mps.is_available(), reason="needs Apple's mps, which has no float64")
+def test_a_device_without_float64_gives_the_gradients_of_the_cpu():
+    def gradients(device: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        rows = torch.randn(ROWS, 3)
+        chosen = dict(network.to(device).named_parameters())
+
+        def loss() -> Tensor:
+            return network(rows.to(device)).pow(3).mean(1)
+
+        mean, squared = mean_gradient(loss(), chosen), squared_gradients(network, chosen, loss)
+        return [*mean.values(), *squared.values()]
+
+    for found, expected in zip(gradients("mps"), gradients("cpu"), strict=True):
+        assert found.dtype == torch.float64
+        # float32 on both sides, summed in another order
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-6)

@@ -63,7 +63,7 @@ def squared_gradients(
         ValueError: a module's input does not have R as first dimension.
     """
     losses, calls = hooked_gradients(network, parameters, loss)
-    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+    sums = {n: wide(torch.zeros_like(p)) for n, p in parameters.items()}
     for name in parameters:
         path, _, kind = name.rpartition(".")
         for part in (
@@ -72,11 +72,11 @@ def squared_gradients(
             # Squared in the network's own type, which is three times as fast as in float64;
             # relative to the largest, so that the squares of small gradients do not underflow.
             scale = part.abs().max().clamp_min(torch.finfo(part.dtype).tiny)
-            sums[name] += (part / scale).square().sum(0).double() * scale.double().square()
+            sums[name] += wide((part / scale).square().sum(0)) * wide(scale).square()
     others = {n: p for n, p in parameters.items() if n.rpartition(".")[0] not in calls}
     for _, gradients in _looped_gradients(losses, others):
         for name, gradient in gradients.items():
-            sums[name] += gradient.double().square()
+            sums[name] += wide(gradient).square()
     return sums
 
 

@@ -588,3 +588,19 @@ def test_kronfluence_agrees(tmp_path: Path):
             torch.testing.assert_close(same, torch.eye(len(same)).double(), rtol=0, atol=1e-8)
         found = theirs["lambda_matrix"][layer] / theirs["num_lambda_processed"][layer]
         torch.testing.assert_close(found, ekfac.values[name], rtol=1e-8, atol=0)
+
+
+@pytest.mark.skipif(not torch.mps.is_available(), reason="needs Apple's mps, which has no float64")
+def test_a_device_without_float64_gives_the_step_of_the_cpu(net, data):
+    def step(device: str) -> dict[str, Tensor]:
+        network = copy.deepcopy(net).float().to(device)
+        parameters = {name: network.get_parameter(name) for name in NAMES}
+        batches = losses(network, tuple(x.float().to(device) for x in data), EXAMPLES)
+        covariances = kronecker_covariances(network, parameters, batches)
+        examples = [per_example_gradients(network, parameters, batch) for batch in batches]
+        return EKFAC.fit(covariances, examples).precondition(examples[0])
+
+    found, expected = step("mps"), step("cpu")
+    for name in NAMES:
+        # float32 on both sides, summed in another order
+        torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-3, atol=1e-4)

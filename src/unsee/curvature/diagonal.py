@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..gradients import Gradients, squared_gradients
+from ..gradients import Gradients, squared_gradients, wide
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DiagonalFisher:
         Raises:
             ValueError: no batch, or a gradient that is not finite.
         """
-        totals = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+        totals = {n: wide(torch.zeros_like(p)) for n, p in parameters.items()}
         count = 0
         for loss in losses:
             rows = 0

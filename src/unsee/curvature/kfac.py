@@ -21,7 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..gradients import Calls, GradientKind, Gradients, hooked_gradients, linear_owners, tokens
+from ..gradients import (
+    Calls,
+    GradientKind,
+    Gradients,
+    hooked_gradients,
+    linear_owners,
+    tokens,
+    wide,
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ def kronecker_covariances(
             is no batch, or a covariance is not finite.
     """
     _check_linear(network, parameters, centre_inputs)
-    inputs = {n: torch.zeros(p.shape[1], p.shape[1]).to(p).double() for n, p in parameters.items()}
-    outputs = {n: torch.zeros(len(p), len(p)).to(p).double() for n, p in parameters.items()}
+    inputs = {n: wide(torch.zeros(p.shape[1], p.shape[1]).to(p)) for n, p in parameters.items()}
+    outputs = {n: wide(torch.zeros(len(p), len(p)).to(p)) for n, p in parameters.items()}
     seen = dict.fromkeys(parameters, 0)
     count = 0
     for loss in losses:
@@ -137,7 +145,7 @@ def _check_linear(
 def _pairs(name: str, calls: Calls, count: int, centred: bool) -> Iterable[tuple[Tensor, Tensor]]:
     """Yields inputs [n, in] and output gradients [n, out] of each call, float64."""
     for x, gradient in calls:
-        a, g = tokens(x).double(), tokens(gradient).double()  # [rows, T, features]
+        a, g = wide(tokens(x)), wide(tokens(gradient))  # [rows, T, features]
         if centred:
             if a.shape[1] == 1:
                 raise ValueError(
@@ -220,10 +228,11 @@ class _Kronecker:
             raise ValueError(f"damping = {damping} must not be negative")
         steps: dict[str, Tensor] = {}
         for name, rotated in self.rotate(gradients).items():
-            values = self.values[name].to(rotated.device)
-            damped = values + damping * values.mean()
             # In float64: the squares of small gradients underflow in float32.
-            divided = torch.where(damped > 0, rotated.double() / damped, 0.0).to(rotated)
+            dividend = wide(rotated)
+            values = self.values[name].to(dividend.device)
+            damped = values + damping * values.mean()
+            divided = torch.where(damped > 0, dividend / damped, 0.0).to(rotated)
             left = self.output_vectors[name].to(rotated) @ divided
             steps[name] = left @ self.input_vectors[name].to(rotated).T
         return steps
@@ -349,7 +358,7 @@ class EKFAC(_Kronecker):
         counts = dict.fromkeys(totals, 0)
         for batch in gradients:
             for name, rotated in basis.rotate(batch).items():
-                rows = rotated.double().reshape(-1, *rotated.shape[-2:])
+                rows = wide(rotated).reshape(-1, *rotated.shape[-2:])
                 totals[name] += rows.square().sum(0)
                 counts[name] += len(rows)
         if not any(counts.values()):
@@ -370,7 +379,7 @@ def _eigen(covariances: Gradients) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns name -> (eigenvalues, ascending and not negative; eigenvectors in columns)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, covariance in covariances.items():
-        values, vectors = torch.linalg.eigh(covariance.double())
+        values, vectors = torch.linalg.eigh(wide(covariance))
         # Of a second moment, they are negative by rounding only.
         found[name] = values.clamp_min(0), vectors
     return found
