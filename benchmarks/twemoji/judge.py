@@ -12,7 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from unsee.evaluation.intervals import lds_interval, mean_interval, paired_difference
+from unsee.evaluation.intervals import (
+    FEWEST_RESAMPLED,
+    lds_interval,
+    mean_interval,
+    paired_difference,
+)
 from unsee.evaluation.metrics import decoy_share, lds, noise_ceiling
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
 from unsee.methods.base import Scores
@@ -73,6 +78,25 @@ def judged(benchmark: Benchmark, methods: dict[str, np.ndarray], reference: str)
     return sorted(rows, key=lambda r: -r["lds"][0])
 
 
+def explored(benchmark: Benchmark, methods: dict[str, np.ndarray]) -> list[dict]:
+    """Returns a row for every setting on all queries and subsets: nothing is held back, and the
+    standard error is that over queries alone. For a benchmark that is not finished."""
+    outcomes = benchmark.outcomes()
+    kinds = np.array([q.id.startswith("member") for q in benchmark.queries])
+    rows = []
+    for name, scores in methods.items():
+        if not np.isfinite(scores).all():
+            continue
+        values = lds(scores, outcomes.masks, outcomes.losses)
+        rows.append({
+            "method": name, "lds": float(values.mean()),
+            "standard_error": float(values.std(ddof=1) / len(values) ** 0.5),
+            "lds_member": float(values[kinds].mean()), "lds_new": float(values[~kinds].mean()),
+            "decoys": float(decoy_share(scores, ~benchmark.members, TOP).mean()),
+        })  # fmt: skip
+    return sorted(rows, key=lambda r: -r["lds"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
@@ -82,7 +106,11 @@ def main() -> None:
     benchmark = load_benchmark(arguments.work / "encoded")
     outcomes = benchmark.outcomes()
     methods = stored(arguments.work, benchmark)
-    rows = judged(benchmark, methods, arguments.reference)
+    fewest = min(len(outcomes.half(tune)[0]) for tune in (True, False))
+    if unfinished := fewest < FEWEST_RESAMPLED:
+        rows = explored(benchmark, methods)
+    else:
+        rows = judged(benchmark, methods, arguments.reference)
     about = {"subsets": len(outcomes.numbers), "reference": arguments.reference}
     if len(outcomes.first) >= 3:
         r = noise_ceiling(outcomes.first, outcomes.second)
@@ -91,6 +119,13 @@ def main() -> None:
     text = json.dumps({**about, "rows": rows}, indent=1) + "\n"
     (arguments.out / "results.json").write_text(text, encoding="utf-8")
     print(about)
+    if unfinished:
+        print("| method and setting | LDS | members | new | decoys in the top 50 |")
+        print("|---|---|---|---|---|")
+        for r in rows:
+            print(f"| {r['method']} | {r['lds']:.3f} ± {r['standard_error']:.3f} | "
+                  f"{r['lds_member']:.3f} | {r['lds_new']:.3f} | {r['decoys']:.0%} |")  # fmt: skip
+        return
     print(f"| method | setting | LDS | members | new | over {arguments.reference} | decoys |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:

@@ -7,6 +7,7 @@ Writes WORK/scores/METHOD.npy, [Q, N] float64, higher is more influential.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ Scored = Iterator[tuple[str, np.ndarray]]
 """(method, scores [N, Q]) one after another."""
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 FIT_EXAMPLES, FIT_DRAWS = 512, Draws(seed=20, n=8)
 
 
@@ -124,6 +125,34 @@ def kernels(benchmark: Benchmark, work: Path, measure: Measure) -> Scored:
             yield f"{name}, {what}, ridge {ridge:g}", scores
 
 
+def outputs(benchmark: Benchmark, work: Path) -> Scored:
+    """Gradients of the output's norm, as D-TRAK's, divided by EK-FAC instead of their kernel."""
+    examples, queries = matrices(benchmark, work, "output_norm")
+    kv = kv_names(examples)
+    examples, queries = examples.only(kv), queries.only(kv)
+    members = torch.from_numpy(np.flatnonzero(benchmark.members))
+    basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
+    values = {}
+    for n in kv:
+        rotated = basis.rotate({n: examples.of(n)[members]})[n]
+        values[n] = rotated.double().square().mean(0)
+    curvature = dataclasses.replace(basis, values=values)
+    for damping in DAMPINGS:
+        scores = influence_scores(examples, queries, curvature, damping)
+        yield f"output norm, EK-FAC, damping {damping:g}", scores
+
+
+def combined(work: Path) -> Scored:
+    """Sums of standardised scores: what the query's loss says, and what its output says."""
+    for damping in (0.1, 1.0):
+        loss = np.load(work / "scores" / f"influence, EK-FAC averaged, damping {damping:g}.npy")
+        for other in ("D-TRAK, K and V, ridge 1", "output norm, EK-FAC, damping 1"):
+            output = np.load(work / "scores" / f"{other}.npy")
+            parts = [s / s.std(1, keepdims=True) for s in (loss, output)]
+            name = other.rsplit(",", 1)[0]
+            yield f"EK-FAC averaged + {name}, damping {damping:g}", sum(parts).T
+
+
 def similarities(benchmark: Benchmark) -> Scored:
     """Embedding similarity, and chance."""
     for what in ("latent", "pixel", "text"):
@@ -137,7 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument(
-        "--methods", nargs="*", default=["similarity", "influence", "trak", "d-trak"]
+        "--methods",
+        nargs="*",
+        default=["similarity", "influence", "trak", "d-trak", "output", "combined"],
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,6 +181,8 @@ def main() -> None:
         "similarity": lambda: similarities(benchmark),
         "influence": lambda: influence(benchmark, work),
         "trak": lambda: kernels(benchmark, work, "loss"),
+        "output": lambda: outputs(benchmark, work),
+        "combined": lambda: combined(work),
         "d-trak": lambda: kernels(benchmark, work, "output_norm"),
     }
     for method, scores in itertools.chain.from_iterable(families[m]() for m in arguments.methods):
