@@ -104,6 +104,7 @@ def _train_text_to_image(args: argparse.Namespace) -> None:
         snr_gamma=args.snr_gamma,
     )  # fmt: skip
     data = open_data(args.data, args.skip_bad)
+    quiet_loading()
     print(
         commands.text_to_image(
             data, args.out, recipe, _optimization(args), autoencoder=args.autoencoder,
