@@ -79,7 +79,7 @@ def make_queries(work: Path, out: Path) -> None:
     ]  # fmt: skip
     save_file({"latents": latents.contiguous()}, out / "queries.safetensors")
     (out / "queries.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    sheet(model.decode(latents)).save(out / "queries.png", optimize=True)
+    sheet(model.decode(latents)).save(out / "queries.png", optimize=True)  # for docs/images
 
 
 def sheet(images: list[Image.Image], columns: int = 10) -> Image.Image:
