@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +174,22 @@ def test_tensorfloat_is_off_inside_and_as_before_after() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
+)
+def test_tensorfloat_chosen_in_the_newer_words_is_off_inside_too() -> None:
+    # In another process: torch cannot go back to the older words once the newer ones were used.
+    code = """
+import torch
+from unsee.methods.forward import exact_kernels
+places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+for place in places:
+    place.fp32_precision = "tf32"
+with exact_kernels():
+    print(*(place.fp32_precision for place in places))
+print(*(place.fp32_precision for place in places))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["ieee ieee", "tf32 tf32"]

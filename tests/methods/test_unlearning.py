@@ -291,6 +291,23 @@ def test_the_model_is_left_as_it_was(single, query):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in single.model.network.modules())
 
 
+def test_no_loss_is_computed_in_tensorfloat(single, query):
+    seen = set()
+    network = single.model.network
+    handle = network.register_forward_hook(
+        lambda *_: seen.add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")  # users do, to generate pictures faster
+        single.abu().attribute(query)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        handle.remove()
+    assert seen == {("highest", False)}
+
+
 def test_a_pipeline_makes_the_same_picture_after_an_attribution(tiny_pipeline, image_folder):
     def picture() -> bytes:
         generator = torch.Generator().manual_seed(0)
