@@ -48,7 +48,7 @@ def test_a_failure_shows_its_last_lines_and_others_go_on(tmp_path, caplog):
     fails = (
         "import sys\n"
         "if 'b' in open(sys.argv[1]).read().split():\n"
-        "    print(*range(100), sep='\\n')\n"
+        "    print(*range(100), sep='\\n', flush=True)\n"
         "    sys.exit('out of memory')\n" + COPY
     )
     results = retrain(command(fails), {"bad": ["a", "b"], "good": ["a"]}, IDS, tmp_path)
