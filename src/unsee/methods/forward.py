@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,13 +26,32 @@ def exact_kernels() -> Iterator[None]:
 
     It would cost three digits of a small difference of losses.
     """
-    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    try:
+        before, _ = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:
+        # Somebody chose a precision in the words of torch 2.9: the older ones refuse to answer.
+        with _ieee():
+            yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _ieee() -> Iterator[None]:
+    """The same in the words of torch 2.9."""
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
+    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic
+    try:
+        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", "ieee", True
+        yield
+    finally:
+        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic = before
 
 
 @torch.no_grad()
