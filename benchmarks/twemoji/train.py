@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from recipe import EPOCHS, RECIPE, optimization
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from unsee import Denoiser, load_dataset
 from unsee.data.latents import EncodedDataset, encode_dataset
 from unsee.demo import write_demo_model
 from unsee.evaluation.benchmark import Run, plan
+from unsee.evaluation.twemoji import shipped
 from unsee.files import write_atomically
 from unsee.models.loading import load_pipeline
 from unsee.training.text_to_image import train_text_to_image
@@ -60,11 +62,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="folder of the encoded data and the models")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="names of runs; all by default")
+    parser.add_argument(
+        "--only", nargs="*", help="names of runs; by default all that are not measured"
+    )
     arguments = parser.parse_args()
     data, _ = encoded(arguments.work)
     runs = [r for r in plan(data.ids) if not arguments.only or r.name in arguments.only]
     todo = [r for r in runs if not (arguments.work / r.name / "unet.safetensors").is_file()]
+    if not arguments.only and (path := shipped() / "outcomes.parquet").is_file():
+        # What has been measured need not be trained again: its outcomes ship.
+        measured = set(pq.read_table(path, columns=["run"])["run"].to_pylist())
+        todo = [r for r in todo if r.name not in measured]
     print(f"{len(runs)} models, {len(todo)} of them to train")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
