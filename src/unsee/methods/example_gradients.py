@@ -18,7 +18,7 @@ from ..draws import DrawSource, stable_seed
 from ..files import write_atomically
 from ..models.base import Denoiser
 from ..query import Query
-from .forward import gather, settings_key
+from .forward import gather, load_array, save_array, settings_key
 
 Measure = Literal["loss", "output_norm", "gauss_newton"]
 """What is differentiated.
@@ -155,7 +155,7 @@ def example_gradients(
         path = folder / f"{number:05d}-of-{len(starts):05d}.npy" if folder else None
         if path is not None and path.is_file():
             bar.update(len(rows))
-            shards.append(_load(path, (len(rows), width)))
+            shards.append(load_array(path, (len(rows), width), mapped=True))
             continue
         shard = np.empty((len(rows), width), dtype=np.float32)
         with model.gradients_on():
@@ -164,26 +164,11 @@ def example_gradients(
                 bar.update()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda p, shard=shard: _save(p, shard))
-            shard = _load(path, shard.shape)
+            write_atomically(path, lambda p, shard=shard: save_array(p, shard))
+            shard = load_array(path, shard.shape, mapped=True)
         shards.append(shard)
     bar.close()
     return GradientMatrix(list(data.ids), names, shapes, shards)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        shard = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
-    if shard.shape != shape:
-        raise ValueError(f"{path} holds {shard.shape}, not {shape}: delete it and run again")
-    return shard
 
 
 def _gradient(

@@ -96,7 +96,7 @@ def forward_losses(
     for number, shard in enumerate(shards):
         path = cache / f"{number:05d}-of-{len(shards):05d}.npy" if cache else None
         if path is not None and path.is_file():
-            part = _load_shard(path, (len(shard), len(views), draws.n))
+            part = load_array(path, (len(shard), len(views), draws.n))
             bar.update(sum(data.caption_counts[r] for r in shard) * len(views) * draws.n)
         else:
             part = np.zeros((len(shard), len(views), draws.n))
@@ -104,20 +104,26 @@ def forward_losses(
                 part[:, v] = _view_losses(model, data, draws, shard, flipped, batch_size, bar)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda temporary, part=part: _save_array(temporary, part))
+                write_atomically(path, lambda temporary, part=part: save_array(temporary, part))
         parts.append(part)
     bar.close()
     return np.concatenate(parts)
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes a shard under exactly this name, which `np.save` would append to."""
     with path.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
-def _load_shard(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def load_array(path: Path, shape: tuple[int, ...], mapped: bool = False) -> np.ndarray:
+    """Reads a shard, or maps it into memory.
+
+    Raises:
+        ValueError: it is damaged, or of another shape.
+    """
     try:
-        part = np.load(path, allow_pickle=False)
+        part = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
     if part.shape != shape:
