@@ -16,8 +16,8 @@ from .curvature.diagonal import DiagonalFisher
 from .data.dataset import ImageDataset, OnError
 from .data.latents import EncodedDataset, encode_dataset
 from .draws import Draws
+from .files import settings_key
 from .methods.base import Scores
-from .methods.forward import settings_key
 from .methods.unlearning import AbU, fit_diagonal_fisher
 from .models.base import Denoiser
 from .query import Query

@@ -22,8 +22,9 @@ from .data.published import FISHER, MODEL, file_fingerprint
 from .data.recorded import RecordedDraws
 from .draws import Draws, DrawSource
 from .files import write_atomically
-from .methods.forward import exact_kernels, forward_losses
+from .methods.forward import forward_losses
 from .methods.published import Experiment, MicroBatches, UnlearningDraws, unlearn
+from .models.kernels import exact_kernels
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.batches import gather
 from ..data.latents import EncodedExamples
 from ..draws import DrawSource, stable_seed
-from ..files import write_atomically
+from ..files import settings_key, write_atomically
 from ..models.base import Denoiser
 from ..query import Query
-from .forward import gather, load_array, save_array, settings_key
+from .forward import load_array, save_array
 
 Measure = Literal["loss", "output_norm", "gauss_newton"]
 """What is differentiated.

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.batches import gather
 from ..data.latents import EncodedExamples
 from ..draws import DrawSource
-from ..files import write_atomically
+from ..files import settings_key, write_atomically  # noqa: F401
 from ..models.base import Denoiser
-
-
-@contextlib.contextmanager
-def exact_kernels() -> Iterator[None]:
-    """Switches off TensorFloat-32 on CUDA in a `with` block, and restores the settings after.
-
-    It would cost three digits of a small difference of losses.
-    """
-    cudnn = torch.backends.cudnn
-    try:
-        before, _ = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:
-        # Somebody chose a precision in the words of torch 2.9: the older ones refuse to answer.
-        with _ieee():
-            yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def _ieee() -> Iterator[None]:
-    """The same in the words of torch 2.9."""
-    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
-    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic
-    try:
-        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", "ieee", True
-        yield
-    finally:
-        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic = before
+from ..models.kernels import exact_kernels  # noqa: F401
 
 
 @torch.no_grad()
@@ -195,36 +159,3 @@ def noise_floor(
     # Two runs may agree to the last bit by luck; rounding of a single float32 loss is the least.
     dtype = np.float64 if next(model.network.parameters()).dtype == torch.float64 else np.float32
     return 2 * float(max(change, np.finfo(dtype).eps * np.abs(first).mean()))
-
-
-def gather(
-    data: EncodedExamples,
-    draws: DrawSource,
-    jobs: Sequence[tuple[int, int, int]],
-    flipped: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Collects what `Denoiser.loss` takes for a batch of (place, row, caption) jobs.
-
-    Returns:
-        latents [B, C, h, w], text [B, T, D], timesteps [B, n], noise [B, n, C, h, w].
-    """
-    rows = [row for _, row, _ in jobs]
-    latents = data.latents(rows, flipped)
-    captions = [caption for _, _, caption in jobs]
-    text = torch.empty(0)
-    if len(set(captions)) == 1:
-        text = data.text(rows, captions[0])
-    else:
-        text = torch.cat([data.text([r], c) for r, c in zip(rows, captions, strict=True)])
-    shape = tuple(latents.shape[1:])
-    made = [draws.of(data.ids[r], shape, c, flipped) for _, r, c in jobs]
-    return latents, text, torch.stack([t for t, _ in made]), torch.stack([n for _, n in made])
-
-
-def settings_key(settings: dict[str, object]) -> str:
-    """Returns a short hash of JSON-able settings, for the name of a cache folder."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
-        :12
-    ]

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC
+from ..data.batches import gather
 from ..data.latents import EncodedExamples
 from ..draws import Draws
+from ..files import settings_key
 from ..gradients import Gradients, mean_gradient, wide
 from ..models.base import Denoiser
+from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
-from .forward import exact_kernels, forward_losses, gather, noise_floor, settings_key
+from .forward import forward_losses, noise_floor
 
 logger = logging.getLogger(__name__)
 
