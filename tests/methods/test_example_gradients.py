@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from scipy.stats import pearsonr
 
 from tests.methods.conftest import Setting
+from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
 from unsee.methods.example_gradients import QueryExamples, example_gradients
-from unsee.methods.influence import Influence, influence_scores
+from unsee.methods.influence import Influence, influence_scores, second_order_scores
 from unsee.methods.trak import trak_kernel, trak_scores
 from unsee.query import Query
 
@@ -146,10 +148,48 @@ def test_trak_refuses_what_it_cannot_use() -> None:
         trak_scores(np.eye(2), np.ones((3, 1)), 1)
 
 
-def test_renormalised_scores_do_not_know_the_gradient_length(double: Setting, query: Query) -> None:
+@pytest.mark.parametrize("normalise", ["gradient", "parameters", "loss"])
+def test_normalised_scores_do_not_know_the_gradient_length(
+    double: Setting, query: Query, normalise
+) -> None:
     gradients = example_gradients(double.model, double.data, DRAWS)
     asked = example_gradients(double.model, QueryExamples([query]), Draws(seed=1, n=8))
-    plain = influence_scores(gradients, asked, None)
-    normalised = influence_scores(gradients, asked, None, normalise=True)
-    lengths = np.linalg.norm(np.concatenate(gradients.shards).astype(np.float64), axis=1)
-    assert np.allclose(normalised, plain / lengths[:, None], rtol=FLOAT32)
+    plain = influence_scores(gradients, asked, double.fisher)
+    got = influence_scores(gradients, asked, double.fisher, normalise=normalise)
+    lengths = []
+    for row in range(len(gradients)):
+        g = {n: gradients.of(n)[row].double() for n in gradients.names}
+        h = double.fisher.precondition(g, 0.1)
+        a, b = {"gradient": (g, g), "parameters": (h, h), "loss": (g, h)}[normalise]
+        lengths.append(sum(float((a[n] * b[n]).sum()) for n in g) ** 0.5)
+    assert np.allclose(got, plain / np.array(lengths)[:, None], rtol=FLOAT32)
+    with_one_doubled = dataclasses.replace(
+        gradients, shards=[s * np.where(np.arange(len(s)) == 2, 5, 1)[:, None].astype(np.float32)
+                           for s in gradients.shards]
+    )  # fmt: skip
+    same = influence_scores(with_one_doubled, asked, double.fisher, normalise=normalise)
+    assert np.allclose(same, got, rtol=FLOAT32)
+
+
+def test_the_second_order_term_is_how_far_predictions_move(double: Setting, query: Query) -> None:
+    """Over many functionals, the mean is ‖Jδ‖²/d, which a small step measures."""
+    model, data, draws, size = double.model, double.data, Draws(n=2), 1e-4
+    # The functional is keyed by the example: one picture under many names.
+    names = [f"copy-{i}" for i in range(200)]
+    latents = data.latents([0]).expand(len(names), -1, -1, -1).contiguous()
+    copies = EncodedDataset(names, latents, data.text([0], 0), [[0]] * len(names))
+    asked = example_gradients(model, QueryExamples([query]), Draws(seed=1, n=8))
+    functionals = example_gradients(model, copies, draws, measure="gauss_newton")
+    estimates = second_order_scores(functionals, asked, None)[:, 0]
+    moved = {n: p.detach() + size * asked.of(n)[0] for n, p in model.parameters.items()}
+    truths = []
+    for name in names[:20]:  # hardly depends on the draws
+        t, e = draws.of(name, tuple(latents.shape[1:]))
+        batch = latents[:1], copies.text([0], 0), t[None], e[None]
+        with torch.no_grad():
+            old, _ = model.predict(*batch)
+            with model.replaced(moved):
+                new, _ = model.predict(*batch)
+        truths.append(float(((new - old) / size).square().mean()))
+    # 200 independent functionals leave a relative error of (2/200)^½ = 0.1.
+    assert estimates.mean() == pytest.approx(np.mean(truths), rel=0.35)

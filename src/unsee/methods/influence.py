@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,16 @@ class Curvature(Protocol):
         ...
 
 
+Normalise = Literal["gradient", "parameters", "loss"]
+"""What an example's score is divided by, so that a large gradient does not lead everywhere.
+
+With g the example's gradient and C the damped curvature: `gradient`: ‖g‖ ("renormalised"; without
+a curvature, TracIn's cosine but for the query's norm). `parameters`: ‖C⁻¹g‖, how far the example
+moved the weights; `loss`: (g·C⁻¹g)^½, how much it moved the losses (theta-RelatIF and l-RelatIF:
+Barshan et al., "RelatIF", AISTATS 2020).
+"""
+
+
 @dataclass
 class Influence:
     """Influence functions (Koh and Liang, ICML 2017) on stored, averaged gradients.
@@ -42,8 +52,7 @@ class Influence:
         damping: relative to the curvature's mean, see there.
         query_draws: timesteps and noise of the query, independent of the examples'.
         query_measure: what of the query is differentiated.
-        normalise: divides an example's score by the norm of its gradient, which keeps examples
-            with large gradients from leading everywhere ("renormalised").
+        normalise: what an example's score is divided by; nothing if None.
     """
 
     model: Denoiser
@@ -52,7 +61,7 @@ class Influence:
     damping: float = 0.1
     query_draws: Draws = field(default_factory=lambda: Draws(seed=1, n=200))
     query_measure: Measure = "loss"
-    normalise: bool = False
+    normalise: Normalise | None = None
 
     def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
         """See `Attributor`."""
@@ -87,22 +96,58 @@ def influence_scores(
     queries: GradientMatrix,
     curvature: Curvature | None,
     damping: float = 0.1,
-    normalise: bool = False,
+    normalise: Normalise | None = None,
 ) -> np.ndarray:
     """Returns scores [N, Q] float64, see `Influence`."""
     total = np.zeros((len(examples), len(queries)))
     square = np.zeros(len(examples))
     for name in examples.names:
-        asked = queries.of(name)
-        if curvature is not None:
-            divided = [curvature.precondition({name: g.double()}, damping)[name] for g in asked]
-            asked = torch.stack(divided).float()
-        rows = examples.of(name).flatten(1)
-        total += (rows @ asked.flatten(1).T).double().numpy()
-        square += rows.double().square().sum(1).numpy()
-    if normalise:
+        rows = examples.of(name)
+        asked = _divided(queries.of(name), name, curvature, damping)
+        total += (rows.flatten(1) @ asked.flatten(1).T).double().numpy()
+        if normalise is not None:
+            moved = rows if normalise == "gradient" else _divided(rows, name, curvature, damping)
+            other = rows if normalise == "loss" else moved
+            square += (moved.double() * other.double()).flatten(1).sum(1).numpy()
+    if normalise is not None:
         total /= np.maximum(np.sqrt(square), np.finfo(np.float64).tiny)[:, None]
     return total
+
+
+def second_order_scores(
+    functionals: GradientMatrix,
+    queries: GradientMatrix,
+    curvature: Curvature | None,
+    damping: float = 0.1,
+) -> np.ndarray:
+    """Estimates how far a step away from the queries moves the predictions for the examples.
+
+    For a step δ of the weights and the Jacobian J of an example's predictions of d elements, an
+    unlearning step changes the example's loss by its gradient times δ, which is what
+    `influence_scores` says, and by ‖Jδ‖²/d: the Gauss-Newton term, never negative, and what is
+    left for an example learnt by heart, whose residual is small. It is here half the square of
+    a random functional's gradient times δ: right on average, with a standard deviation of √2
+    times itself for an example.
+
+    Args:
+        functionals: of the examples, `measure="gauss_newton"`.
+        queries: gradients of the queries' loss or another measure; δ is one of them, divided by
+            the damped curvature.
+        curvature: see `Influence`.
+        damping: see `Influence`.
+
+    Returns:
+        [N, Q] float64, not negative; higher is more influential.
+    """
+    return 0.5 * np.square(influence_scores(functionals, queries, curvature, damping))
+
+
+def _divided(rows: Tensor, name: str, curvature: Curvature | None, damping: float) -> Tensor:
+    """Returns gradients [n, *shape] divided by the curvature, float32."""
+    if curvature is None:
+        return rows
+    divided = [curvature.precondition({name: g.double()}, damping)[name].float() for g in rows]
+    return torch.stack(divided)
 
 
 def _rows(ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:
