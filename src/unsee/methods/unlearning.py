@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ from .forward import forward_losses, noise_floor
 logger = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
+
+Change = Literal["difference", "ratio", "timestep"]
+"""How two losses of an example on one draw are compared, before the mean over draws.
+
+`difference`: after - before, as published. `ratio`: (after - before) / (after + before), which is
+MUCS's: examples of small loss count as much as those of large loss. `timestep`: the difference,
+divided by its root mean square over the examples in that draw's part of the noise schedule, so
+that no part leads (after Diffusion-ReTrac, Xie et al., arXiv 2401.09031, which divides gradients).
+"""
 
 FLOOR_EXAMPLES = 64
 """Size of the sample that the noise floor is measured on."""
@@ -137,6 +147,7 @@ class AbU:
         damping: of the curvature, relative to each parameter's mean; 0 is the published update.
         draws: the training examples' draws; the same before and after.
         query_draws: timesteps and noise that the query is unlearned with, for each step.
+        change: how an example's losses before and after are compared.
         flips: also scores mirrored training pictures, and takes the larger.
         batch_size: forward passes at once; changes speed, and scores only within the noise floor.
         cache: folder for finished shards of losses; a killed run continues there.
@@ -151,6 +162,7 @@ class AbU:
     damping: float = 0.1
     draws: Draws = dataclasses.field(default_factory=Draws)
     query_draws: Draws = dataclasses.field(default_factory=lambda: Draws(seed=1, n=200))
+    change: Change = "difference"
     flips: bool = False
     batch_size: int = 80
     cache: Path | None = None
@@ -260,12 +272,18 @@ class AbU:
             )  # fmt: skip
 
     @exact_kernels()
-    def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
+    def attribute(
+        self,
+        query: Query,
+        candidates: Sequence[str] | None = None,
+        unlearned: Unlearned | None = None,
+    ) -> Scores:
         """Scores training examples by the rise of their loss.
 
         Args:
             query: the picture to forget.
             candidates: ids to score; all examples by default.
+            unlearned: what `unlearn` returned for this query, where it is at hand.
 
         Returns:
             Scores in the order of the data set, or of `candidates`. `settings` holds the query's
@@ -279,11 +297,11 @@ class AbU:
         started = time.monotonic()
         before = self.losses(rows)
         baseline_done = time.monotonic()
-        unlearned = self.unlearn(query)
+        unlearned = self.unlearn(query) if unlearned is None else unlearned
         unlearn_done = time.monotonic()
         after = self.losses(rows, unlearned.weights)
-        change = (after - before).mean(axis=2).max(axis=1)
-        floor = self._checked_floor(query, change, unlearned)
+        floor = self._checked_floor(query, (after - before).mean(axis=2), unlearned)
+        change = changes(before, after, self.change).mean(axis=2).max(axis=1)
         settings = {
             "parameters": list(self.model.parameters),
             "steps": self.steps,
@@ -295,6 +313,7 @@ class AbU:
             "draws": dataclasses.asdict(self.draws),
             "query_draws": dataclasses.asdict(self.query_draws),
             "flips": self.flips,
+            "change": self.change,
             "noise_floor": floor,
             "box": query.box,
             "curvature": {
@@ -334,6 +353,17 @@ class AbU:
         if unknown:
             raise ValueError(f"candidates: {unknown[0]!r} is no training example")
         return [at[c] for c in candidates]
+
+
+def changes(before: np.ndarray, after: np.ndarray, change: Change) -> np.ndarray:
+    """Compares losses [rows, views, draws] before and after; positive where they rose."""
+    rise = after - before
+    if change == "difference":
+        return rise
+    if change == "ratio":
+        return rise / np.maximum(after + before, np.finfo(np.float64).tiny)
+    scale = np.sqrt(np.square(rise).mean(axis=(0, 1)))
+    return rise / np.maximum(scale, np.finfo(np.float64).tiny)
 
 
 def _checksum(tensor: Tensor) -> str:
