@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from unsee import load_dataset
 from unsee.draws import Draws
 from unsee.evaluation.benchmark import Run, fingerprint_of, members_and_decoys, plan
+from unsee.evaluation.deviation import ssim
 from unsee.evaluation.twemoji import build_model, load_benchmark, shipped
 from unsee.files import write_atomically
 from unsee.models.unet import UNetDenoiser
@@ -90,20 +91,6 @@ def sheet(images: list[Image.Image], columns: int = 10) -> Image.Image:
     for i, image in enumerate(images):
         page.paste(image, ((i % columns) * w, i // columns * h))
     return page
-
-
-def ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> float:
-    """Structural similarity of two pictures [H, W, 3] in [0, 1], uniform windows (Wang et al.,
-    2004), averaged over channels."""
-    view = np.lib.stride_tricks.sliding_window_view
-    x, y = (view(p.astype(np.float64), (window, window), axis=(0, 1)) for p in (a, b))
-    mx, my = x.mean((-1, -2)), y.mean((-1, -2))
-    vx, vy = x.var((-1, -2)), y.var((-1, -2))
-    cov = (x * y).mean((-1, -2)) - mx * my
-    c1, c2 = 0.01**2, 0.03**2
-    return float(
-        (((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
-    )
 
 
 def measure(run: Run, work: Path, out: Path, benchmark) -> tuple[list[dict], list[dict]]:

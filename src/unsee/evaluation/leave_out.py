@@ -1,0 +1,223 @@
+"""Leave-K-out: which examples are removed, and what the models without them say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..draws import stable_seed
+from .intervals import Estimate, counterfactual_effect, mean_interval
+
+FULL, RANDOM = "none", "random"
+"""Names, in place of a method's, of the model on everything and of random removal."""
+
+MEASURES = ("loss", "mse", "ssim", "latent_cosine")
+"""Columns of outcomes, see `deviation.Outcome`."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One training without some examples.
+
+    Attributes:
+        name: of the run, good as the name of a folder.
+        method: that named the examples, or "random".
+        query: for which it named them; empty for random removal, which serves all queries.
+        ids: what is removed.
+    """
+
+    name: str
+    method: str
+    query: str
+    ids: tuple[str, ...]
+
+
+def count_of(k: str, examples: int) -> int:
+    """Returns how many of `examples` are meant by a number ("34") or a share ("2%").
+
+    Raises:
+        ValueError: neither, less than one, or so many that no example stays.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", k.strip())
+    if found is None or (not found[2] and "." in found[1]):
+        raise ValueError(f"K = {k!r} is neither a number such as 34 nor a share such as 2%")
+    count = round(float(found[1]) * examples / 100) if found[2] else int(found[1])
+    if not 1 <= count < examples:
+        raise ValueError(f"K = {k} is {count} of {examples} examples; it must be from 1 to "
+                         f"{examples - 1}")  # fmt: skip
+    return count
+
+
+def plan_removals(
+    orders: Mapping[str, Mapping[str, Sequence[str]]],
+    ids: Sequence[str],
+    k: int,
+    *,
+    random: int = 4,
+    seed: int = 0,
+) -> list[Removal]:
+    """Returns the trainings of a leave-K-out experiment, in an order that makes a part useful.
+
+    Random removal comes first, then the queries one by one, each with all methods.
+
+    Args:
+        orders: method -> query -> ids, most influential first; every method has all queries.
+        ids: of all examples that the model was trained on.
+        k: how many are removed.
+        random: how many random sets of K are removed; all queries share them.
+        seed: of the random sets.
+
+    Raises:
+        ValueError: a ranking of fewer than K ids, an id that is not there, no random sets, or two
+            methods or queries whose runs would have the same name.
+    """
+    if random < 1:
+        raise ValueError(f"leave out: {random} random sets; at least 1 is compared with")
+    known = set(ids)
+    runs = [Removal(f"{RANDOM}-{r}", RANDOM, "", _random(ids, k, seed, r))
+            for r in range(1, random + 1)]  # fmt: skip
+    for query in next(iter(orders.values()), {}):
+        for method, order in orders.items():
+            removed = tuple(order[query][:k])
+            if len(removed) < k:
+                raise ValueError(
+                    f"leave out: K = {k}, but {method!r} ranks {len(removed)} examples for "
+                    f"{query!r}"
+                )
+            unknown = [i for i in removed if i not in known]
+            if unknown:
+                raise ValueError(
+                    f"leave out: {unknown[0]!r}, ranked by {method!r} for {query!r}, is not among "
+                    f"the {len(ids)} examples"
+                )
+            runs.append(Removal(f"{_plain(method)}--{_plain(query)}", method, query, removed))
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"leave out: two runs would be called {twice!r}: rename a method or query")
+    return runs
+
+
+def _random(ids: Sequence[str], k: int, seed: int, number: int) -> tuple[str, ...]:
+    key = stable_seed("leave out", seed, k, number)
+    order = np.random.Generator(np.random.Philox(key=key)).permutation(len(ids))
+    return tuple(ids[row] for row in sorted(order[:k].tolist()))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "_"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What removing examples does to one measure.
+
+    Attributes:
+        k: how many were removed.
+        measure: one of `MEASURES`.
+        method: that named them, or "random".
+        queries: how many it was asked for.
+        removals: how many random removals it is compared with.
+        change: mean over queries of the measure without the query's own top K, minus that under
+            the model on everything.
+        excess: the change minus that of random removal; None for random removal itself.
+    """
+
+    k: int
+    measure: str
+    method: str
+    queries: int
+    removals: int
+    change: Estimate
+    excess: Estimate | None
+
+
+def leave_out_effects(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95) -> list[Effect]:
+    """Compares methods with random removal, as far as the runs are finished.
+
+    Args:
+        rows: one for each run and query, with `run`, `method`, `k`, `removed_for` (the query
+            whose top K is removed), `query` (that is measured), and `MEASURES`.
+        level: of the intervals; with a single query they are unbounded.
+
+    Returns:
+        For each K, measure and method that has a finished query; random removal first, over all
+        queries that any method has.
+
+    Raises:
+        ValueError: a query was not measured under the model on everything.
+    """
+    full = {r["query"]: r for r in rows if r["method"] == FULL}
+    found = []
+    for k in sorted({r["k"] for r in rows if r["method"] != FULL}):
+        of = [r for r in rows if r["k"] == k and r["method"] != FULL]
+        chance: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for r in of:
+            if r["method"] == RANDOM:
+                chance.setdefault(r["run"], {})[r["query"]] = r
+        methods: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for r in of:
+            if r["method"] != RANDOM and r["removed_for"] == r["query"]:
+                methods.setdefault(r["method"], {})[r["query"]] = r
+        asked = {q for own in methods.values() for q in own} or set(full)
+        for measure in MEASURES:
+            if chance:
+                found.append(_effect(k, measure, RANDOM, sorted(asked), full, chance, None, level))
+            for method, own in methods.items():
+                found.append(_effect(k, measure, method, sorted(own), full, chance, own, level))
+    return found
+
+
+def _effect(
+    k: int, measure: str, method: str, queries: list[str],
+    full: Mapping[str, Mapping[str, Any]], chance: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    own: Mapping[str, Mapping[str, Any]] | None, level: float,
+) -> Effect:  # fmt: skip
+    missing = [q for q in queries if q not in full]
+    if missing:
+        raise ValueError(f"leave out: {missing[0]!r} was not measured under the full model")
+    before = np.array([full[q][measure] for q in queries])
+    # Of the random removals those that all these queries were measured under.
+    whole = [run for run in chance.values() if all(q in run for q in queries)]
+    random = np.array([[run[q][measure] for run in whole] for q in queries])
+    after = random.mean(1) if own is None else np.array([own[q][measure] for q in queries])
+    if len(queries) == 1:
+        change = _point(after - before, level)
+        excess = _point(after - random.mean(1), level) if whole else None
+    elif whole:
+        both = counterfactual_effect(after, before, random, level=level)
+        change, excess = both.random if own is None else both.removed, both.excess
+    else:
+        change, excess = mean_interval(after - before, level=level), None
+    return Effect(
+        k, measure, method, len(queries), len(whole), change, None if own is None else excess
+    )
+
+
+def _point(value: np.ndarray, level: float) -> Estimate:
+    """One query says nothing about others."""
+    return Estimate(float(value[0]), -np.inf, np.inf, level)
+
+
+def table_of(effects: Sequence[Effect]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
+    lines = ["| K | measure | removed | queries | change | over random removal |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for e in effects:
+        over = "-" if e.excess is None else _signed(e.excess)
+        lines.append(
+            f"| {e.k} | {e.measure.replace('_', ' ')} | {e.method} | {e.queries} | "
+            f"{_signed(e.change)} | {over} |"
+        )
+    return lines
+
+
+def _signed(estimate: Estimate) -> str:
+    text = f"{estimate.value:+.4f}"
+    if np.isfinite([estimate.low, estimate.high]).all():
+        text += f" [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+    return text
