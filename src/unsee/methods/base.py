@@ -32,6 +32,8 @@ class Scores:
         method: name of the method.
         settings: everything that fixes the scores, and what was measured on the way.
         query: what was attributed.
+        errors: [len(ids)] float64, standard errors of the scores, where the method knows them:
+            how far they would move with other timesteps and noise.
     """
 
     ids: list[str]
@@ -39,10 +41,13 @@ class Scores:
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     query: Query | None = None
+    errors: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.values):
             raise ValueError(f"scores: {len(self.ids)} ids but {len(self.values)} values")
+        if self.errors is not None and len(self.errors) != len(self.values):
+            raise ValueError(f"scores: {len(self.values)} values but {len(self.errors)} errors")
         if not np.isfinite(self.values).all():
             bad = self.ids[int(np.flatnonzero(~np.isfinite(self.values))[0])]
             raise ValueError(f"scores: the score of {bad!r} is not finite")
@@ -75,7 +80,8 @@ class Scores:
 
     def _take(self, positions: np.ndarray) -> Scores:
         ids = [self.ids[i] for i in positions]
-        return Scores(ids, self.values[positions], self.method, self.settings, self.query)
+        errors = None if self.errors is None else self.errors[positions]
+        return Scores(ids, self.values[positions], self.method, self.settings, self.query, errors)
 
     def show(self, data: ImageDataset, path: str | Path | None = None) -> Image.Image:
         """Returns a contact sheet (a PIL image) of these examples; writes it if `path` is given."""
@@ -92,13 +98,14 @@ class Scores:
         The method and its settings are in the file's metadata.
         """
         order = self.order
-        table = pa.table(
-            {
-                "id": [self.ids[i] for i in order],
-                "score": self.values[order],
-                "rank": np.arange(1, len(order) + 1),
-            }
-        )
+        columns = {
+            "id": [self.ids[i] for i in order],
+            "score": self.values[order],
+            "rank": np.arange(1, len(order) + 1),
+        }
+        if self.errors is not None:
+            columns["error"] = self.errors[order]
+        table = pa.table(columns)
         about = {"method": self.method, "settings": self.settings}
         table = table.replace_schema_metadata({"unsee": json.dumps(about)})
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +128,10 @@ class Scores:
         if "method" not in about:
             raise ValueError(f"scores {str(path)!r}: not a score file of unsee")
         values = table["score"].to_numpy()
-        return cls(table["id"].to_pylist(), values, about["method"], about["settings"])
+        errors = table["error"].to_numpy() if "error" in table.column_names else None
+        return cls(
+            table["id"].to_pylist(), values, about["method"], about["settings"], errors=errors
+        )
 
 
 class Attributor(Protocol):

@@ -1,0 +1,276 @@
+"""The pass that fills an index: shard by shard, each done when its files exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..data.batches import gather
+from ..data.dataset import ImageDataset, OnError
+from ..data.latents import EncodedDataset, EncodedExamples, encode_dataset
+from ..draws import Draws
+from ..models.base import Denoiser
+from ..models.kernels import exact_kernels
+from .factors import Layer, Measure, Storage, example_factors, quantise, text_layers
+from .layout import Manifest, Part, Shard, read_shard, shard_path, write_manifest, write_shard
+
+COLUMNS: dict[str, str] = {
+    "examples": "ids, latents and text states",
+    "loss": "training loss of each view and draw: what forward re-evaluation compares with",
+    "factors": "gradients of the loss: influence functions and AbU to first order",
+    "outputs": "gradients of the output's norm (D-TRAK's): the output half of the default score",
+}
+"""What a column holds and what it can answer."""
+
+MEASURES: dict[str, Measure] = {"factors": "loss", "outputs": "output_norm"}
+
+Indexed = ImageDataset | EncodedExamples
+"""What can be indexed: pictures with captions, or what is already encoded."""
+
+
+def settings_of(
+    model: Denoiser, draws: Draws, columns: Sequence[str], storage: Storage, shard_size: int,
+    flips: bool, on_error: OnError,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns what fixes the numbers of an index, for its manifest.
+
+    Raises:
+        ValueError: an unknown column, an odd number of draws, or a selection without factors.
+    """
+    unknown = [c for c in columns if c not in COLUMNS]
+    if unknown:
+        raise ValueError(f"index: no column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
+    if draws.n % 2:
+        raise ValueError(f"index: draws = {draws.n} do not make two halves; use an even number")
+    if shard_size < 1:
+        raise ValueError(f"index: shard_size = {shard_size} must be at least 1")
+    if storage not in ("int8", "float16", "float32"):
+        raise ValueError(f"index: storage {storage!r} is not int8, float16 or float32")
+    parameter = next(iter(model.parameters.values()))
+    return {
+        "model": model.fingerprint(),
+        "prediction_type": model.prediction_type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "layers": [dataclasses.asdict(layer) for layer in text_layers(model)],
+        "draws": dataclasses.asdict(draws),
+        "views": 2 if flips else 1,
+        "columns": list(dict.fromkeys(["examples", *columns])),
+        "storage": storage,
+        "shard_size": shard_size,
+        "on_error": on_error,
+    }
+
+
+def environment_of(model: Denoiser) -> dict[str, Any]:
+    """Returns what the numbers are computed with."""
+    return {
+        "unsee": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda"
+        else f"{model.device.type} {platform.machine()}",
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def layers_of(manifest: Manifest) -> list[Layer]:
+    """Returns the layers whose factors an index holds."""
+    return [Layer(**about) for about in manifest.settings["layers"]]
+
+
+def draws_of(manifest: Manifest) -> Draws:
+    """Returns the draws of the training examples."""
+    return Draws(**manifest.settings["draws"])
+
+
+def part_of(data: Indexed, name: str = "encoded") -> Part:
+    """Returns the manifest's record of a data set."""
+    return Part(getattr(data, "name", name), data.fingerprint, len(data.ids))
+
+
+def plan_shards(manifest: Manifest, part: Part) -> Manifest:
+    """Returns the manifest with the shards of one more data set."""
+    size, number = manifest.settings["shard_size"], len(manifest.shards)
+    shards = [
+        Shard(number + i, len(manifest.parts), first, min(first + size, part.count))
+        for i, first in enumerate(range(0, part.count, size))
+    ]
+    return dataclasses.replace(
+        manifest, parts=[*manifest.parts, part], shards=[*manifest.shards, *shards]
+    )
+
+
+@exact_kernels()
+def fill(
+    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int, batch_size: int
+) -> None:
+    """Computes the shards of one data set that are not there yet.
+
+    Args:
+        path: of the index.
+        manifest: with the shards of the data set.
+        model: what the index is of.
+        data: the data set.
+        part: its position in the manifest.
+        batch_size: passes at once. Within the noise floor, numbers do not depend on it.
+
+    Raises:
+        ValueError: a picture that cannot be read, a loss that is not finite, a damaged shard.
+    """
+    todo = [s for s in manifest.shards if s.part == part and s.edition == 0]
+    bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
+               disable=None, file=sys.stderr)  # fmt: skip
+    write_manifest(path, manifest)
+    for shard in todo:
+        _fill_shard(path, manifest, model, data, shard, batch_size)
+        bar.update(shard.last - shard.first)
+    bar.close()
+
+
+def _fill_shard(
+    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard, batch_size: int
+) -> None:
+    columns = [c for c in manifest.settings["columns"] if not shard_path(path, c, shard).is_file()]
+    if not columns:
+        return
+    if "examples" in columns:
+        encoded = _encode(model, data, shard, manifest)
+        write_shard(path, "examples", shard, manifest.key, *pack_examples(encoded, manifest))
+    if columns == ["examples"]:
+        return
+    # Read back, so that a resumed build computes on the very same numbers.
+    encoded = unpack_examples(*read_shard(path, "examples", shard, manifest.key))
+    for column, tensors in _columns(model, manifest, encoded, columns, batch_size).items():
+        write_shard(path, column, shard, manifest.key, tensors)
+
+
+def _encode(
+    model: Denoiser, data: Indexed, shard: Shard, manifest: Manifest
+) -> EncodedDataset | None:
+    """Returns the examples of a shard, or None where none of its pictures can be read."""
+    flips = manifest.settings["views"] == 2
+    positions = range(shard.first, shard.last)
+    if isinstance(data, ImageDataset):
+        some = data.select([data.ids[p] for p in positions])
+        skip = manifest.settings["on_error"] == "skip"
+        if skip and not any(_readable(some, p) for p in range(len(some))):
+            return None
+        return encode_dataset(
+            model, some, flips=flips, on_error="skip" if skip else "raise", progress=False
+        )
+    states, rows = [], []
+    for p in positions:
+        rows.append([len(states) + c for c in range(data.caption_counts[p])])
+        states += [data.text([p], c)[0] for c in range(data.caption_counts[p])]
+    return EncodedDataset(
+        [data.ids[p] for p in positions], data.latents(positions), torch.stack(states), rows,
+        data.latents(positions, flipped=True) if flips else None,
+    )  # fmt: skip
+
+
+def _readable(data: ImageDataset, position: int) -> bool:
+    try:
+        _ = data[position].image
+    except ValueError:
+        return False
+    return True
+
+
+def pack_examples(
+    encoded: EncodedDataset | None, manifest: Manifest
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors and the header of a shard of the column `examples`."""
+    if encoded is None:
+        return {"latents": torch.empty(0), "text": torch.empty(0)}, {"ids": [], "captions": []}
+    rows = range(len(encoded.ids))
+    tensors = {"latents": encoded.latents(rows)}
+    if manifest.settings["views"] == 2:
+        tensors["flipped"] = encoded.latents(rows, flipped=True)
+    tensors["text"] = torch.cat(
+        [encoded.text([r], c) for r in rows for c in range(encoded.caption_counts[r])]
+    )
+    return tensors, {"ids": encoded.ids, "captions": encoded.caption_counts}
+
+
+def unpack_examples(tensors: dict[str, Tensor], about: dict[str, Any]) -> EncodedDataset:
+    """Returns the examples of a shard; no caption state is shared between them."""
+    counts = iter(range(len(tensors["text"])))
+    rows = [[next(counts) for _ in range(n)] for n in about["captions"]]
+    return EncodedDataset(
+        about["ids"], tensors["latents"], tensors["text"], rows, tensors.get("flipped")
+    )
+
+
+def _columns(
+    model: Denoiser, manifest: Manifest, encoded: EncodedDataset, columns: Sequence[str],
+    batch_size: int,
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """Returns name -> tensors of the computed columns of a shard.
+
+    `loss` is [n, views, draws] float64, averaged over captions; factors are
+    [views, captions of all examples, 2, T, channels].
+    """
+    layers, draws = layers_of(manifest), draws_of(manifest)
+    wanted = {c: MEASURES[c] for c in columns if c in MEASURES}
+    found: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    losses = []
+    for flipped in (False, True)[: manifest.settings["views"]]:
+        loss, factors = _view(model, encoded, layers, draws, list(wanted.values()), flipped,
+                              batch_size)  # fmt: skip
+        losses.append(loss)
+        for name, measure in wanted.items():
+            found[name].append(factors[measure])
+    tensors: dict[str, dict[str, Tensor]] = {}
+    if "loss" in columns:
+        tensors["loss"] = {"values": torch.stack(losses, dim=1)}
+    for name, views in found.items():
+        stored = quantise(torch.stack(views), layers, manifest.settings["storage"])
+        tensors[name] = {"values": stored.values, "scales": stored.scales}
+    return tensors
+
+
+def _view(
+    model: Denoiser, encoded: EncodedDataset, layers: list[Layer], draws: Draws,
+    measures: list[Measure], flipped: bool, batch_size: int,
+) -> tuple[Tensor, dict[Measure, Tensor]]:  # fmt: skip
+    """Returns losses [n, draws] float64 and measure -> factors [captions, 2, T, channels]."""
+    jobs = [(row, row, c) for row in range(len(encoded.ids))
+            for c in range(encoded.caption_counts[row])]  # fmt: skip
+    total = torch.zeros(len(encoded.ids), draws.n, dtype=torch.float64)
+    parts: dict[Measure, list[Tensor]] = {measure: [] for measure in measures}
+    examples = max(1, batch_size // draws.n)
+    if not jobs:  # none of the pictures could be read
+        channels = sum(layer.channels for layer in layers)
+        return total, {m: torch.zeros(0, 2, 0, channels) for m in measures}
+    for first in range(0, len(jobs), examples):
+        batch = jobs[first : first + examples]
+        with model.gradients_on():
+            losses, factors = example_factors(
+                model, layers, gather(encoded, draws, batch, flipped), measures
+            )
+        _check_finite(losses, factors, [encoded.ids[row] for _, row, _ in batch])
+        total.index_add_(0, torch.tensor([row for row, _, _ in batch]), losses.cpu().double())
+        for measure in measures:
+            parts[measure].append(factors[measure].float().cpu())
+    captions = torch.tensor(encoded.caption_counts, dtype=torch.float64)
+    return total / captions[:, None], {m: torch.cat(p) for m, p in parts.items()}
+
+
+def _check_finite(losses: Tensor, factors: dict[Measure, Tensor], ids: list[str]) -> None:
+    good = losses.isfinite().flatten(1).all(1)
+    for part in factors.values():
+        good &= part.isfinite().flatten(1).all(1)
+    if not good.all():
+        bad = ids[int((~good).nonzero()[0])]
+        raise ValueError(
+            f"the loss or gradient of example {bad!r} is not finite: check the model with "
+            "`unsee doctor`; a float16 model may need float32"
+        )

@@ -1,0 +1,194 @@
+"""Curvature of the training examples, from the gradients that an index holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..curvature.diagonal import DiagonalFisher
+from ..curvature.kfac import EKFAC, KFAC, KroneckerCovariances
+from ..data.latents import EncodedDataset
+from ..draws import Draws
+from ..gradients import Gradients
+from ..models.base import Denoiser
+from .factors import Layer, dequantise
+from .fisher import fit_diagonal_fisher
+from .scan import at_once
+
+if TYPE_CHECKING:
+    from .index import Index
+
+CurvatureName = Literal["ekfac", "kfac", "diagonal", "diagonal_per_draw", "identity"]
+
+FIT_EXAMPLES = 2048
+"""Curvature is fitted on at most this many examples, in shards spread over the index."""
+
+PER_DRAW = Draws(seed=-1, n=2)
+"""Of the per-draw Fisher: a seed that scores do not use."""
+
+
+def fit_curvature(index: Index, name: CurvatureName, column: str) -> DiagonalFisher | KFAC | EKFAC:
+    """Fits a curvature; see `Index.curvature`.
+
+    Raises:
+        ValueError: an unknown name, or no example.
+    """
+    if name not in ("ekfac", "kfac", "diagonal", "diagonal_per_draw"):
+        raise ValueError(f"curvature {name!r}: use ekfac, kfac, diagonal or diagonal_per_draw")
+    if name == "diagonal_per_draw":
+        return _per_draw(index, Sample(index, column))
+    sample = Sample(index, column)
+    if name == "diagonal":
+        return DiagonalFisher(_second_moments(sample, None), sample.examples, sample.about)
+    basis = KFAC.fit(_covariances(sample), sample.about)
+    if name == "kfac":
+        return basis
+    values = _second_moments(sample, basis)
+    return EKFAC(basis.input_vectors, basis.output_vectors, values, "averaged", sample.examples,
+                 sample.about)  # fmt: skip
+
+
+class Sample:
+    """Stored gradients of some shards, spread over the index, as factors of single layers.
+
+    Attributes:
+        layers: of the index.
+        shards: that the sample is made of.
+        examples: how many examples there are.
+        about: what the sample is, for the record.
+    """
+
+    def __init__(self, index: Index, column: str) -> None:
+        shards = list(index.shards())
+        size = index.manifest.settings["shard_size"]
+        count = min(len(shards), -(-FIT_EXAMPLES // size))
+        places = np.unique(np.linspace(0, len(shards) - 1, count).round().astype(int))
+        self._index, self._column = index, column
+        self.shards = [shards[p] for p in places]
+        self.layers = index.layers
+        self.weights = layer_inputs(index.model, index.layers)
+        self.examples = sum(len(index.examples(s).ids) for s in self.shards)
+        if not self.examples:
+            raise ValueError(f"index {str(index.path)!r}: there is no example to fit curvature on")
+        self.about = {"column": column, "examples": self.examples,
+                      "shards": [s.name for s in self.shards]}  # fmt: skip
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Yields text [r, T, width], factors [r, T, channels], and captions of each example.
+
+        Both are float32, of one shard after another. Factors are means over all draws;
+        mirrored views are left out.
+        """
+        for shard in self.shards:
+            examples = self._index.examples(shard)
+            if not examples.ids:
+                continue
+            stored = self._index.factors(self._column, shard)
+            text = torch.cat([examples.text([r], c) for r in range(len(examples.ids))
+                              for c in range(examples.caption_counts[r])])  # fmt: skip
+            factors = dequantise(
+                type(stored)(stored.values[0], stored.scales[0]), self.layers
+            ).mean(1)
+            yield text, factors, examples.caption_counts
+
+    def inputs(self, text: Tensor, layer: Layer) -> Tensor:
+        """Returns what a layer sees of text states [r, T, width]."""
+        seen = text if layer.reads is None else text @ self.weights[layer.reads].float().T
+        return seen - seen.mean(1, keepdim=True) if layer.centred else seen
+
+
+def layer_inputs(model: Denoiser, layers: list[Layer]) -> dict[str, Tensor]:
+    """Returns the weights between text and layers, on the CPU."""
+    named = dict(model.network.named_parameters())
+    return {la.reads: named[la.reads].detach().cpu() for la in layers if la.reads is not None}
+
+
+def _covariances(sample: Sample) -> KroneckerCovariances:
+    """Averages second moments of inputs and factors over tokens, in float64."""
+    inputs: dict[tuple[str | None, bool], Tensor] = {}
+    outputs: Gradients = {}
+    tokens = 0
+    for text, factors, _ in sample.chunks():
+        tokens += text.shape[0] * text.shape[1]
+        done = set()
+        for layer, part in zip(sample.layers, _split(factors, sample.layers), strict=True):
+            g = part.flatten(0, 1).double()
+            outputs[layer.name] = outputs.get(layer.name, torch.zeros(())) + g.T @ g
+            # All layers that read the same share one matrix.
+            kind = layer.reads, layer.centred
+            if kind not in done:
+                a = sample.inputs(text, layer).flatten(0, 1).double()
+                inputs[kind] = inputs.get(kind, torch.zeros(())) + a.T @ a
+                done.add(kind)
+    means = {kind: total / tokens for kind, total in inputs.items()}
+    return KroneckerCovariances(
+        {la.name: means[la.reads, la.centred] for la in sample.layers},
+        {name: total / tokens for name, total in outputs.items()},
+        dict.fromkeys(outputs, tokens / sample.examples), "averaged", sample.examples,
+    )  # fmt: skip
+
+
+def _second_moments(sample: Sample, basis: KFAC | None) -> Gradients:
+    """Averages squared gradients of examples (mean over captions), in a basis if there is one.
+
+    The factors are rotated, not the gradients: it is the tokens against the width of the text.
+    """
+    totals = {la.name: torch.zeros(la.channels, la.width, dtype=torch.float64)
+              for la in sample.layers}  # fmt: skip
+    for text, factors, captions in sample.chunks():
+        owner = torch.arange(len(captions)).repeat_interleave(torch.tensor(captions))
+        share = 1 / torch.tensor(captions, dtype=torch.float32)[owner]
+        rotated: dict[int, Tensor] = {}
+        for layer, part in zip(sample.layers, _split(factors, sample.layers), strict=True):
+            seen = sample.inputs(text, layer)
+            if basis is not None:
+                vectors = basis.input_vectors[layer.name]
+                # Layers that read the same share their eigenvectors, and so the product.
+                if id(vectors) not in rotated:
+                    rotated[id(vectors)] = seen @ vectors.float()
+                seen = rotated[id(vectors)]
+                part = part @ basis.output_vectors[layer.name].float()
+            part = part * share[:, None, None]
+            chunk = at_once(layer.channels * layer.width)
+            for first in range(0, len(captions), chunk):
+                wanted = (owner >= first) & (owner < first + chunk)
+                gradients = part[wanted].mT @ seen[wanted]  # [r, channels, width]
+                count = min(chunk, len(captions) - first)
+                if len(gradients) != count:
+                    one = torch.zeros(count, *gradients.shape[1:])
+                    gradients = one.index_add_(0, owner[wanted] - first, gradients)
+                # Relative to the largest, so that squares of small gradients do not underflow.
+                scale = gradients.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+                squares = (gradients / scale).square().sum(0).double()
+                totals[layer.name] += squares * scale.double().square()
+    return {name: total / sample.examples for name, total in totals.items()}
+
+
+def _split(factors: Tensor, layers: list[Layer]) -> tuple[Tensor, ...]:
+    return factors.split([layer.channels for layer in layers], dim=-1)
+
+
+def _per_draw(index: Index, sample: Sample) -> DiagonalFisher:
+    latents, states, rows, ids = [], [], [], []
+    for shard in sample.shards:
+        examples = index.examples(shard)
+        for row, identifier in enumerate(examples.ids):
+            ids.append(identifier)
+            rows.append([len(states) + c for c in range(examples.caption_counts[row])])
+            states += [examples.text([row], c)[0] for c in range(examples.caption_counts[row])]
+        latents.append(examples.latents(range(len(examples.ids))))
+    data = EncodedDataset(ids, torch.cat(latents), torch.stack(states), rows)
+    length = index.draws.num_train_timesteps
+    draws = dataclasses.replace(PER_DRAW, num_train_timesteps=length)
+
+    def bar(batches: Sequence) -> Iterable:
+        return tqdm(batches, desc="fisher", unit="batch", disable=None, file=sys.stderr)
+
+    return fit_diagonal_fisher(index.model, data, draws, progress=bar)

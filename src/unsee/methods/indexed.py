@@ -1,0 +1,275 @@
+"""Attribution from an index: a query's own gradient, and one pass over stored numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..draws import Draws
+from ..gradients import Gradients
+from ..index.build import MEASURES
+from ..index.factors import Measure, example_factors
+from ..index.fit import CurvatureName, layer_inputs
+from ..index.index import Index
+from ..index.scan import scan, stack_directions
+from ..models.kernels import exact_kernels
+from ..query import Query
+from .base import Scores
+
+HALVES = 2
+
+
+@dataclass(frozen=True)
+class QueryGradient:
+    """What is known of a query, for one measure.
+
+    Attributes:
+        value: of the measure, averaged over draws (and the mask's cells, if any).
+        halves: weight name -> gradient [2, channels, width] float32 of the averages over the draws
+            with even and with odd numbers.
+    """
+
+    value: float
+    halves: Gradients
+
+    @property
+    def mean(self) -> Gradients:
+        """Weight name -> gradient [channels, width] over all draws."""
+        return {name: g.mean(0) for name, g in self.halves.items()}
+
+
+@dataclass(frozen=True)
+class AbU:
+    """Attribution by Unlearning to first order, from an index.
+
+    The score of an example is how much its loss would rise, to first order, if the query were
+    unlearned along its preconditioned gradient until its own loss rose by `rise`: an influence
+    function, in the units of the loss. With the column `outputs`, the same is asked of the mean
+    square of the network's output (whose gradients are D-TRAK's), and the score is the sum of
+    both, each divided by its standard deviation over the index (docs/benchmark.md says why).
+
+    Every gradient is known twice, from even and from odd draws, for example and query: what the
+    halves disagree about is the score's standard error.
+
+    Attributes:
+        index: of the model's training data.
+        curvature: divides the query's gradient, see `Index.curvature`, or `identity`.
+        damping: of the curvature, relative to each layer's mean.
+        columns: whose scores count; by default all that the index has of `factors` and `outputs`.
+        rise: of the query's loss, which scores of a single column are scaled to.
+        query_draws: timesteps and noise of the query, even in number, independent of the examples'.
+        batch_size: draws of the query at once.
+    """
+
+    index: Index
+    curvature: CurvatureName = "ekfac"
+    damping: float = 0.1
+    columns: Sequence[str] | None = None
+    rise: float = 0.05
+    query_draws: Draws = field(default_factory=lambda: Draws(seed=1, n=64))
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.query_draws.n % HALVES:
+            raise ValueError(f"query_draws: {self.query_draws.n} draws do not make two halves")
+        if not self.rise > 0:
+            raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
+        for column in self.used_columns:
+            if column not in MEASURES or column not in self.index.columns:
+                raise ValueError(
+                    f"columns: {column!r} is no column of gradients in the index; it has "
+                    f"{', '.join(c for c in MEASURES if c in self.index.columns) or 'none'}"
+                )
+        if not self.used_columns:
+            raise ValueError("the index has no column of gradients: build it with `factors`")
+
+    @property
+    def used_columns(self) -> list[str]:
+        """The columns whose scores count."""
+        if self.columns is not None:
+            return list(self.columns)
+        return [c for c in MEASURES if c in self.index.columns]
+
+    def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
+        """Scores every example, or the candidates; see `attribute_many`."""
+        return self.attribute_many([query], candidates)[0]
+
+    @exact_kernels()
+    def attribute_many(
+        self, queries: Sequence[Query], candidates: Sequence[str] | None = None
+    ) -> list[Scores]:
+        """Scores several queries in one pass over the index.
+
+        Returns:
+            For each query, scores in the order of `index.ids` or of the candidates, with standard
+            errors.
+
+        Raises:
+            ValueError: there is no query, an unknown candidate, or a query whose loss has no
+                finite gradient.
+        """
+        if not queries:
+            raise ValueError("there is no query")
+        started = time.monotonic()
+        measures = {c: MEASURES[c] for c in self.used_columns}
+        asked = [
+            query_gradients(self.index, q, self.query_draws, list(measures.values()),
+                            self.batch_size)
+            for q in queries
+        ]  # fmt: skip
+        gradient_done = time.monotonic()
+        total, sizes = 0.0, {}
+        for column, measure in measures.items():
+            products, sizes[column] = self._products(column, [a[measure] for a in asked])
+            if len(measures) > 1:  # means over halves, original view, standard deviation over N
+                products = products / products[:, 0].mean((2, 3)).std(0)[None, None, :, None, None]
+            total = total + products
+        assert isinstance(total, np.ndarray)
+        about = {
+            "curvature": self.curvature, "damping": self.damping, "columns": self.used_columns,
+            "rise": self.rise, "query_draws": repr(self.query_draws),
+            "index": str(self.index.path), "draws": repr(self.index.draws),
+            "seconds": {"query's gradient": gradient_done - started,
+                        "scan": time.monotonic() - gradient_done},
+        }  # fmt: skip
+        rows = _rows(self.index.ids, candidates)
+        found = []
+        for i, query in enumerate(queries):
+            loss = asked[i].get("loss")
+            settings = {
+                **about, "box": query.box, "query_loss": loss.value if loss else None,
+                "step_sizes": {column: size[i] for column, size in sizes.items()},
+            }  # fmt: skip
+            values, errors = with_errors(total[rows, :, i])
+            ids = [self.index.ids[r] for r in rows]
+            found.append(Scores(ids, values, "AbU, first order", settings, query, errors))
+        return found
+
+    def _products(
+        self, column: str, queries: Sequence[QueryGradient]
+    ) -> tuple[np.ndarray, list[float]]:
+        """Returns products [N, views, Q, 2, 2] (halves of example, of query) and step sizes."""
+        index = self.index
+        curvature = None
+        if self.curvature != "identity":
+            curvature = index.curvature(self.curvature, column)
+        directions, sizes = [], []
+        for query in queries:
+            halves = query.halves
+            divided = halves if curvature is None else {
+                n: torch.stack([curvature.precondition({n: g}, self.damping)[n] for g in both])
+                for n, both in halves.items()
+            }  # fmt: skip
+            slope = sum(float((g.mean(0) * divided[n].mean(0)).sum()) for n, g in halves.items())
+            if not (np.isfinite(slope) and slope > 0):
+                raise ValueError(
+                    "the query has no finite gradient in the selected parameters: check the model "
+                    "with `unsee doctor`"
+                )
+            sizes.append(self.rise * query.value / slope)
+            directions += [{n: d[h] * sizes[-1] for n, d in divided.items()} for h in range(HALVES)]
+        weights = layer_inputs(index.model, index.layers)
+        stacked = stack_directions(directions, index.layers, weights).to(index.model.device)
+        parts = [_example_products(index, column, shard, stacked) for shard in index.shards()]
+        found = np.concatenate(parts)  # [N, views, 2, 2Q]
+        return found.reshape(*found.shape[:3], len(queries), HALVES).transpose(0, 1, 3, 2, 4), sizes
+
+
+def _example_products(index: Index, column: str, shard: Any, directions: Tensor) -> np.ndarray:
+    """Returns [n, views, 2, directions] float64, averaged over captions."""
+    examples = index.examples(shard)
+    counts = torch.tensor(examples.caption_counts)
+    views = index.manifest.settings["views"]
+    total = torch.zeros(len(counts), views, HALVES, len(directions), dtype=torch.float64)
+    if examples.ids:
+        products = scan(index.factors(column, shard), index.text(shard), index.layers, directions)
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        total.index_add_(0, owner, products.transpose(0, 1))
+        total /= counts[:, None, None, None]
+    return total.numpy()
+
+
+def query_gradients(
+    index: Index, query: Query, draws: Draws, measures: Sequence[Measure], batch_size: int = 32
+) -> dict[Measure, QueryGradient]:
+    """Differentiates a query's measures, by way of its token factors: exact, and cheap.
+
+    Args:
+        index: its model and layers.
+        query: the picture.
+        draws: its timesteps and noise.
+        measures: what is differentiated; with a mask, averaged over its cells.
+        batch_size: draws at once.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    model = index.model
+    timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
+    weights = layer_inputs(model, index.layers)
+    chunk = max(HALVES, batch_size // HALVES * HALVES)
+    factors: dict[Measure, Tensor] = {}
+    loss = 0.0
+    with model.gradients_on():
+        for first in range(0, draws.n, chunk):
+            t, e = timesteps[None, first : first + chunk], noise[None, first : first + chunk]
+            values, part = example_factors(
+                model, index.layers, (query.latents[None], query.text[None], t, e), measures,
+                query.mask,
+            )  # fmt: skip
+            share = t.shape[1] / draws.n
+            loss += share * float(values.double().mean())
+            for measure, f in part.items():
+                factors[measure] = factors.get(measure, torch.zeros(())) + share * f[0].cpu()
+    if not np.isfinite(loss):
+        raise ValueError(
+            f"the loss of the query {query.id!r} is {loss}: check the model with `unsee doctor`; "
+            "a float16 model may need float32"
+        )
+    found = {}
+    for measure, f in factors.items():
+        halves: Gradients = {}
+        for layer, m in zip(
+            index.layers, f.float().split([la.channels for la in index.layers], dim=-1), strict=True
+        ):
+            seen = query.text.float()
+            seen = seen if layer.reads is None else seen @ weights[layer.reads].float().T
+            halves[layer.name] = m.mT @ seen
+        found[measure] = QueryGradient(loss, halves)
+    return found
+
+
+def with_errors(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scores [n] and their standard errors [n].
+
+    Args:
+        products: [n, views, 2, 2], halves of the example and of the query; the view with the
+            larger score counts.
+
+    Half the difference of two independent halves has the variance of their mean; the example's
+    noise and the query's add up.
+    """
+    means = products.mean((2, 3))
+    best = means.argmax(1)
+    chosen = products[np.arange(len(products)), best]  # [n, 2, 2]
+    of_example = (chosen[:, 0].mean(1) - chosen[:, 1].mean(1)) / 2
+    of_query = (chosen[:, :, 0].mean(1) - chosen[:, :, 1].mean(1)) / 2
+    return means.max(1), np.sqrt(of_example**2 + of_query**2)
+
+
+def _rows(ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:
+    if candidates is None:
+        return list(range(len(ids)))
+    if not len(candidates):
+        raise ValueError("candidates: the list is empty; leave it out to score every example")
+    place = {identifier: row for row, identifier in enumerate(ids)}
+    unknown = [c for c in candidates if c not in place]
+    if unknown:
+        raise ValueError(f"candidate {unknown[0]!r} is not in the index")
+    return [place[c] for c in candidates]
