@@ -154,7 +154,7 @@ def hooked_gradients(
     Raises:
         ValueError: the losses have another number of dimensions, or a module sees other rows.
     """
-    with _recorded(linear_owners(network, parameters)) as tape:
+    with recorded(linear_owners(network, parameters)) as tape:
         losses = loss()
     tape = {p: calls for p, calls in tape.items() if all(o._version == v for _, o, v in calls)}
     if gradient == "per_draw" and losses.dim() == 2:
@@ -207,7 +207,7 @@ def linear_owners(
 
 
 @contextlib.contextmanager
-def _recorded(
+def recorded(
     modules: Mapping[str, nn.Linear],
 ) -> Iterator[dict[str, list[tuple[Tensor, Tensor, int]]]]:
     """Records (input, output, version of the output) of every call inside a `with` block."""

@@ -378,8 +378,11 @@ class EKFAC(_Kronecker):
 def _eigen(covariances: Gradients) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns name -> (eigenvalues, ascending and not negative; eigenvectors in columns)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # layers that see the same have one matrix
     for name, covariance in covariances.items():
-        values, vectors = torch.linalg.eigh(wide(covariance))
-        # Of a second moment, they are negative by rounding only.
-        found[name] = values.clamp_min(0), vectors
+        if id(covariance) not in shared:
+            values, vectors = torch.linalg.eigh(wide(covariance))
+            # Of a second moment, they are negative by rounding only.
+            shared[id(covariance)] = values.clamp_min(0), vectors
+        found[name] = shared[id(covariance)]
     return found

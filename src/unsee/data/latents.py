@@ -116,6 +116,7 @@ def encode_dataset(
     flips: bool = False,
     on_error: OnError = "raise",
     batch_size: int = 64,
+    progress: bool = True,
 ) -> EncodedDataset:
     """Encodes every picture and caption once.
 
@@ -126,13 +127,15 @@ def encode_dataset(
         flips: also encodes the mirrored pictures.
         on_error: a picture that cannot be decoded is fatal (`"raise"`) or left out (`"skip"`).
         batch_size: pictures at once, and examples per shard.
+        progress: shows a bar.
 
     Raises:
         ValueError: a picture that cannot be decoded, or no usable picture at all.
     """
     distinct = list(dict.fromkeys(c for captions in data.captions for c in captions))
     row_of = {caption: row for row, caption in enumerate(distinct)}
-    bar = tqdm(total=len(data), desc="encode", unit="image", disable=None, file=sys.stderr)
+    bar = tqdm(total=len(data), desc="encode", unit="image",
+               disable=None if progress else True, file=sys.stderr)  # fmt: skip
     ids: list[str] = []
     latents, flipped, captions = [], [], []
     about = f"{data.fingerprint} {_encoder_key(model)} {flips} {batch_size}"
