@@ -21,7 +21,7 @@ from ..draws import Draws
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
 from .factors import Layer, Measure, Storage, example_factors, quantise, text_layers
-from .layout import Manifest, Part, Shard, read_shard, shard_path, write_manifest, write_shard
+from .layout import Manifest, Part, Shard, read_shard, shard_path, write_shard
 
 COLUMNS: dict[str, str] = {
     "examples": "ids, latents and text states",
@@ -63,7 +63,7 @@ def settings_of(
         "layers": [dataclasses.asdict(layer) for layer in text_layers(model)],
         "draws": dataclasses.asdict(draws),
         "views": 2 if flips else 1,
-        "columns": list(dict.fromkeys(["examples", *columns])),
+        "columns": [c for c in COLUMNS if c == "examples" or c in columns],
         "storage": storage,
         "shard_size": shard_size,
         "on_error": on_error,
@@ -125,10 +125,9 @@ def fill(
     Raises:
         ValueError: a picture that cannot be read, a loss that is not finite, a damaged shard.
     """
-    todo = [s for s in manifest.shards if s.part == part and s.edition == 0]
+    todo = [s for s in manifest.shards if s.part == part]
     bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
                disable=None, file=sys.stderr)  # fmt: skip
-    write_manifest(path, manifest)
     for shard in todo:
         _fill_shard(path, manifest, model, data, shard, batch_size)
         bar.update(shard.last - shard.first)
@@ -143,21 +142,24 @@ def _fill_shard(
         return
     if "examples" in columns:
         encoded = _encode(model, data, shard, manifest)
-        write_shard(path, "examples", shard, manifest.key, *pack_examples(encoded, manifest))
+        write_shard(path, manifest, "examples", shard, *pack_examples(encoded, manifest))
     if columns == ["examples"]:
         return
     # Read back, so that a resumed build computes on the very same numbers.
-    encoded = unpack_examples(*read_shard(path, "examples", shard, manifest.key))
+    encoded = unpack_examples(*read_shard(path, manifest, "examples", shard))
     for column, tensors in _columns(model, manifest, encoded, columns, batch_size).items():
-        write_shard(path, column, shard, manifest.key, tensors)
+        write_shard(path, manifest, column, shard, tensors)
 
 
 def _encode(
     model: Denoiser, data: Indexed, shard: Shard, manifest: Manifest
 ) -> EncodedDataset | None:
-    """Returns the examples of a shard, or None where none of its pictures can be read."""
+    """Returns the examples of a shard; None where all were deleted, or no picture can be read."""
     flips = manifest.settings["views"] == 2
-    positions = range(shard.first, shard.last)
+    gone = set(manifest.deleted)
+    positions = [p for p in range(shard.first, shard.last) if data.ids[p] not in gone]
+    if not positions:
+        return None
     if isinstance(data, ImageDataset):
         some = data.select([data.ids[p] for p in positions])
         skip = manifest.settings["on_error"] == "skip"

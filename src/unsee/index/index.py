@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC
-from ..data.dataset import ImageDataset, OnError
+from ..data.dataset import OnError
 from ..data.latents import EncodedDataset
 from ..draws import Draws
-from ..files import write_atomically
 from ..models.base import Denoiser
 from .build import (
     COLUMNS,
@@ -38,12 +36,15 @@ from .fit import CurvatureName, fit_curvature
 from .layout import (
     Manifest,
     Shard,
+    curvature_path,
     read_manifest,
     read_shard,
+    remove_others,
     shard_path,
     write_manifest,
     write_shard,
 )
+from .table import read_ids, write_table
 
 DEFAULT_COLUMNS = ("loss", "factors", "outputs")
 
@@ -66,9 +67,13 @@ class Index:
         self.path, self.model, self.manifest = path, model, manifest
         self.layers: list[Layer] = layers_of(manifest)
         self.draws: Draws = draws_of(manifest)
-        table = pq.read_table(path / "examples.parquet", columns=["id"])
-        self.ids: list[str] = table["id"].to_pylist()
-        self._read: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        ids = read_ids(path, manifest)
+        if ids is None:
+            raise ValueError(
+                f"index {str(path)!r}: its table of examples is not complete; run the same "
+                "`unsee index` again to finish it"
+            )
+        self.ids: list[str] = ids
 
     # -- making -----------------------------------------------------------------------------
 
@@ -113,8 +118,8 @@ class Index:
         if (path / "manifest.json").is_file():
             manifest = read_manifest(path)
             manifest.check(settings, path)
-            if manifest.parts[0] != part:
-                was = manifest.parts[0]
+            was = manifest.parts[0]
+            if (was.fingerprint, was.count) != (part.fingerprint, part.count):
                 raise ValueError(
                     f"index {str(path)!r}: it is of the data set {was.name!r} ({was.count} "
                     f"examples, fingerprint {was.fingerprint}), not of {part.name!r} "
@@ -123,10 +128,10 @@ class Index:
                 )
         else:
             manifest = plan_shards(Manifest(settings, environment_of(model)), part)
-        with _writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            fill(path, manifest, model, data, 0, batch_size)
-            return cls._finish(path, manifest, model, data)
+            with _writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                write_manifest(path, manifest)
+        return cls._fill(path, manifest, model, data, 0, batch_size)
 
     @classmethod
     def open(cls, path: str | Path, model: Denoiser) -> Self:
@@ -144,14 +149,15 @@ class Index:
         }
         manifest.check({**manifest.settings, **about}, path)
         names = [layer["name"] for layer in manifest.settings["layers"]]
-        if names != list(model.parameters):
-            raise ValueError(
-                f"index {str(path)!r}: it is of {len(names)} parameters ({names[0]}, ...), the "
-                f"model has {len(model.parameters)} selected ({next(iter(model.parameters))}, "
-                "...); select the same"
-            )
+        for here, asked in itertools.zip_longest(names, model.parameters):
+            if here != asked:
+                raise ValueError(
+                    f"index {str(path)!r}: it is of {len(names)} parameters, the model has "
+                    f"{len(model.parameters)} selected; the first that differs is {here} there, "
+                    f"{asked} here: select the same"
+                )
         missing = missing_shards(path, manifest)
-        if missing or not (path / "examples.parquet").is_file():
+        if missing:
             raise ValueError(
                 f"index {str(path)!r}: {missing} of its shards are missing; run the same "
                 "`unsee index` again to finish it"
@@ -159,10 +165,14 @@ class Index:
         return cls(path, model, manifest)
 
     @classmethod
-    def _finish(cls, path: Path, manifest: Manifest, model: Denoiser, data: Indexed | None) -> Self:
-        """Writes the table of examples from the shards, keeping the rows it has already."""
-        table = _example_table(path, manifest, data)
-        write_atomically(path / "examples.parquet", lambda p: pq.write_table(table, p))
+    def _fill(
+        cls, path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int,
+        batch_size: int,
+    ) -> Self:  # fmt: skip
+        """Computes what is missing of a part."""
+        with _writing(path):
+            fill(path, manifest, model, data, part, batch_size)
+            write_table(path, manifest, data)
         return cls(path, model, manifest)
 
     # -- changing ---------------------------------------------------------------------------
@@ -171,26 +181,34 @@ class Index:
         """Adds examples and returns the index with them; killed, it goes on where it was.
 
         Raises:
-            ValueError: an id is there already or was deleted, or see `build`.
+            ValueError: an id is there already or was deleted, another data set was begun and is
+                not finished, or see `build`.
         """
         part = part_of(data)
         manifest = read_manifest(self.path)
-        known = set(self.ids) | set(manifest.deleted)
-        again = manifest.parts[-1] == part and len(manifest.parts) > 1
-        taken = [i for i in data.ids if i in known]
-        if taken and not again:
-            raise ValueError(
-                f"index {str(self.path)!r}: example {taken[0]!r} is there already, or was deleted; "
-                "append examples with ids of their own"
-            )
-        if not again:
+        ids, last = read_ids(self.path, manifest), manifest.parts[-1]
+        if ids is None:  # the last part was not finished
+            if (last.fingerprint, last.count) != (part.fingerprint, part.count):
+                raise ValueError(
+                    f"index {str(self.path)!r}: adding {last.name!r} ({last.count} examples, "
+                    f"fingerprint {last.fingerprint}) is not finished, finish it before adding "
+                    f"{part.name!r} ({part.count}, {part.fingerprint})"
+                )
+        else:
+            taken = {*ids, *manifest.deleted}.intersection(data.ids)
+            if taken:
+                raise ValueError(
+                    f"index {str(self.path)!r}: example {min(taken)!r} is there already, or was "
+                    "deleted; append examples with ids of their own"
+                )
             manifest = plan_shards(manifest, part)
-        with _writing(self.path):
-            fill(self.path, manifest, self.model, data, len(manifest.parts) - 1, batch_size)
-            return self._finish(self.path, manifest, self.model, data)
+            with _writing(self.path):
+                write_manifest(self.path, manifest)
+        number = len(manifest.parts) - 1
+        return self._fill(self.path, manifest, self.model, data, number, batch_size)
 
     def delete(self, ids: Sequence[str]) -> Index:
-        """Erases examples (opt-out) and returns the index without them.
+        """Erases examples (opt-out) and returns the index without them; killed, call it again.
 
         Their rows leave every column, and the curvature that was fitted with them is removed, to
         be fitted again without them. Their ids stay in the manifest, so that a later build or
@@ -199,48 +217,44 @@ class Index:
         Raises:
             ValueError: an id that is not there.
         """
-        gone = set(ids)
-        unknown = sorted(gone - set(self.ids))
+        manifest, gone = read_manifest(self.path), set(ids)
+        before = Index(self.path, self.model, manifest)
+        unknown = sorted(gone - set(before.ids) - set(manifest.deleted))
         if unknown:
             raise ValueError(f"index {str(self.path)!r}: there is no example {unknown[0]!r}")
-        shards, old = [], []
+        shards = []
         with _writing(self.path):
-            for shard in self.manifest.shards:
-                about = self._column("examples", shard)[1]
-                if gone.isdisjoint(about["ids"]):
+            for shard in manifest.shards:
+                here = before._column("examples", shard)[1]["ids"]
+                if gone.isdisjoint(here):
                     shards.append(shard)
                     continue
-                new = dataclasses.replace(shard, edition=shard.edition + 1)
-                self._rewrite(shard, new, [i not in gone for i in about["ids"]])
-                shards.append(new)
-                old.append(shard)
-            deleted = [*self.manifest.deleted, *(i for i in self.ids if i in gone)]
-            manifest = dataclasses.replace(self.manifest, shards=shards, deleted=deleted)
+                shards.append(dataclasses.replace(shard, edition=shard.edition + 1))
+                before._rewrite(shard, shards[-1], [i not in gone for i in here])
+            deleted = [*manifest.deleted, *(i for i in before.ids if i in gone)]
+            manifest = dataclasses.replace(manifest, shards=shards, deleted=deleted)
             # From here on the index is the one without them, whatever is left to tidy up.
             write_manifest(self.path, manifest)
-            for shard in old:
-                for column in manifest.settings["columns"]:
-                    shard_path(self.path, column, shard).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "curvature", ignore_errors=True)
-            return self._finish(self.path, manifest, self.model, None)
+            remove_others(self.path, manifest)
+            write_table(self.path, manifest)
+        return Index(self.path, self.model, manifest)
 
     def _rewrite(self, shard: Shard, new: Shard, kept: list[bool]) -> None:
         """Writes the kept rows of a shard's columns as another edition of it."""
-        key = self.manifest.key
         examples = self.examples(shard)
         counts = torch.tensor(examples.caption_counts)
         keep = torch.tensor(kept)
         captions = keep.repeat_interleave(counts)
         left = examples.select([i for i, k in zip(examples.ids, kept, strict=True) if k])
         packed = pack_examples(left if left.ids else None, self.manifest)
-        write_shard(self.path, "examples", new, key, *packed)
+        write_shard(self.path, self.manifest, "examples", new, *packed)
         for column in self.manifest.settings["columns"][1:]:
             tensors, _ = self._column(column, shard)
             part = (
                 {n: t[keep] for n, t in tensors.items()} if column == "loss"
                 else {n: t[:, captions] for n, t in tensors.items()}
             )  # fmt: skip
-            write_shard(self.path, column, new, key, part)
+            write_shard(self.path, self.manifest, column, new, part)
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -288,19 +302,21 @@ class Index:
         return Quantised(tensors["values"], tensors["scales"])
 
     def _column(self, column: str, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return read_shard(self.path, column, shard, self.manifest.key)
+        return read_shard(self.path, self.manifest, column, shard)
 
     def curvature(
         self, name: CurvatureName = "ekfac", column: str = "factors"
     ) -> DiagonalFisher | KFAC | EKFAC:
         """Returns a curvature of the training examples, fitted once and kept in the index.
 
+        When rows come or go, it is fitted again.
+
         Args:
             name: `ekfac`, `kfac` or `diagonal` from the stored gradients, which are averages over
                 draws; or `diagonal_per_draw`, the published one, from passes over a sample.
             column: of whose gradients.
         """
-        path = self.path / "curvature" / f"{column}-{name}.safetensors"
+        path = curvature_path(self.path, self.manifest, f"{column}-{name}")
         kind = {"ekfac": EKFAC, "kfac": KFAC}.get(name, DiagonalFisher)
         if path.is_file():
             return kind.load(path)
@@ -327,7 +343,9 @@ def describe_index(path: Path) -> list[str]:
     """
     manifest = read_manifest(path)
     settings, total = manifest.settings, len(manifest.shards)
-    examples = sum(p.count for p in manifest.parts) - len(manifest.deleted)
+    ids = read_ids(path, manifest)
+    planned = sum(p.count for p in manifest.parts) - len(manifest.deleted)
+    examples = planned if ids is None else len(ids)  # unreadable pictures may be left out
     lines = [
         f"index of {', '.join(p.name for p in manifest.parts)}: {examples} examples, "
         f"{len(manifest.deleted)} deleted",
@@ -355,30 +373,9 @@ class _writing:
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"index {str(self.path)!r} cannot be written ({error.strerror or error}): make "
-                "room or choose another folder, and run the same again; what is done is kept"
+                f"index {str(self.path)!r} cannot be written ({reason}): make room or choose "
+                "another folder, and run the same again; what is done is kept"
             ) from error
-
-
-def _example_table(path: Path, manifest: Manifest, data: Indexed | None) -> pa.Table:
-    """Returns ids, captions, shards and metadata; what `data` does not tell comes from before."""
-    rows: list[dict[str, Any]] = []
-    for shard in manifest.shards:
-        about = read_shard(path, "examples", shard, manifest.key)[1]
-        rows += [{"id": i, "shard": shard.number} for i in about["ids"]]
-    known: dict[str, dict[str, Any]] = {}
-    if (path / "examples.parquet").is_file():
-        known = {r["id"]: r for r in pq.read_table(path / "examples.parquet").to_pylist()}
-    if isinstance(data, ImageDataset):
-        at = {identifier: position for position, identifier in enumerate(data.ids)}
-        for row in rows:
-            if row["id"] in at:
-                position = at[row["id"]]
-                known[row["id"]] = {
-                    **data.metadata(position), "captions": list(data.captions[position])
-                }  # fmt: skip
-    merged = [{**known.get(row["id"], {}), **row} for row in rows]
-    names = dict.fromkeys(["id", "captions", "shard", *(n for row in merged for n in row)])
-    return pa.table({name: [row.get(name) for row in merged] for name in names})

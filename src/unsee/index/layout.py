@@ -3,19 +3,21 @@
     manifest.json                      what the index is of, and the list of its shards
     examples.parquet                   one row for each example, with captions and metadata
     columns/<name>/00012.safetensors   one shard of one column
-    curvature/<name>.safetensors
+    curvature/<name>-<hash of the rows>.safetensors
 
 A shard is done when its final name exists. The manifest alone says which shards belong to the
 index: rows are deleted by writing new shards first, then the manifest, then removing the old ones.
+Of the same content, every file is the same to the last byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from ..files import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,16 @@ class Manifest:
     deleted: list[str] = field(default_factory=list)
 
     @property
-    def key(self) -> str:
-        """A hash of the settings, which every shard carries."""
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def content(self) -> str:
+        """A hash of the settings and of which rows there are."""
+        about = dataclasses.asdict(self)
+        return _hash([self.settings, about["parts"], about["shards"]])
+
+    def key_of(self, shard: Shard) -> str:
+        """A hash of what fixes the content of a shard, which each of its files carries."""
+        part = self.parts[shard.part]
+        about = [part.fingerprint, part.count, dataclasses.asdict(shard)]
+        return f"{_hash(self.settings)}-{_hash(about)}"
 
     def check(self, settings: Mapping[str, Any], path: Path) -> None:
         """Refuses other settings.
@@ -100,22 +108,35 @@ class Manifest:
             ValueError: names the first field that differs, and both values.
         """
         for name in {**self.settings, **settings}:
-            here, asked = self.settings.get(name), json.loads(json.dumps(settings.get(name)))
+            asked = json.loads(json.dumps(settings.get(name)))
+            where, here, asked = _difference(name, self.settings.get(name), asked)
             if here != asked:
                 raise ValueError(
-                    f"index {str(path)!r}: {name} is {_short(here)} there, but {_short(asked)} is "
-                    "asked for; use the same, or another folder"
+                    f"index {str(path)!r}: {where} is {json.dumps(here)} there, but "
+                    f"{json.dumps(asked)} is asked for; use the same, or another folder"
                 )
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:80]}... ({len(text)} characters)"
+def _difference(name: str, here: Any, asked: Any) -> tuple[str, Any, Any]:
+    """Returns the first field at or below `name` that differs, and both values."""
+    fields: Iterable[tuple[str, Any, Any]] = ()
+    if isinstance(here, dict) and isinstance(asked, dict):
+        fields = ((f"{name}.{k}", here.get(k), asked.get(k)) for k in {**here, **asked})
+    elif isinstance(here, list) and isinstance(asked, list):
+        pairs = enumerate(itertools.zip_longest(here, asked))
+        fields = ((f"{name}[{i}]", *pair) for i, pair in pairs)
+    different = (_difference(*field) for field in fields if field[1] != field[2])
+    return next(different, (name, here, asked))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes the manifest of the index at `path`."""
-    about = {"schema": SCHEMA, **dataclasses.asdict(manifest)}
+    about = dataclasses.asdict(manifest)
+    about = {"schema": SCHEMA, "checksum": _hash(about), **about}
     text = json.dumps(about, indent=1) + "\n"
     write_atomically(path / "manifest.json", lambda p: p.write_text(text, encoding="utf-8"))
 
@@ -133,20 +154,25 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        schema = about.pop("schema")
-        if schema != SCHEMA:
-            raise ValueError(
-                f"index {str(path)!r}: its schema is {schema}, this version of unsee reads "
-                f"{SCHEMA}; build it again, or use the version that wrote it"
-            )
-        parts = [Part(**p) for p in about.pop("parts")]
-        shards = [Shard(**s) for s in about.pop("shards")]
-        return Manifest(**about, parts=parts, shards=shards)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        schema, checksum = about.pop("schema"), about.pop("checksum", None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"index {str(path)!r}: manifest.json is damaged ({error!r}); restore it, or build "
             "again in another folder"
         ) from None
+    if schema != SCHEMA:
+        raise ValueError(
+            f"index {str(path)!r}: its schema is {schema}, this version of unsee reads "
+            f"{SCHEMA}; build it again, or use the version that wrote it"
+        )
+    if checksum != _hash(about):
+        raise ValueError(
+            f"index {str(path)!r}: manifest.json is damaged (its checksum is {_hash(about)}, not "
+            f"{checksum}); restore it, or build again in another folder"
+        )
+    parts = [Part(**p) for p in about.pop("parts")]
+    shards = [Shard(**s) for s in about.pop("shards")]
+    return Manifest(**about, parts=parts, shards=shards)
 
 
 def shard_path(path: Path, column: str, shard: Shard) -> Path:
@@ -154,23 +180,38 @@ def shard_path(path: Path, column: str, shard: Shard) -> Path:
     return path / "columns" / column / f"{shard.name}.safetensors"
 
 
+def curvature_path(path: Path, manifest: Manifest, name: str) -> Path:
+    """Returns where a curvature of just the rows of the index lies."""
+    return path / "curvature" / f"{name}-{manifest.content}.safetensors"
+
+
+def remove_others(path: Path, manifest: Manifest) -> None:
+    """Removes what is not of these rows: earlier shards, curvature, and parts of files."""
+    columns = manifest.settings["columns"]
+    kept = {shard_path(path, c, shard) for c in columns for shard in manifest.shards}
+    other = [f for f in path.glob("columns/*/*") if f not in kept]
+    other += [f for f in path.glob("curvature/*") if manifest.content not in f.name]
+    for file in [*other, *path.glob(".*.part")]:
+        file.unlink(missing_ok=True)
+
+
 def write_shard(
-    path: Path, column: str, shard: Shard, key: str, tensors: Mapping[str, Tensor],
+    path: Path, manifest: Manifest, column: str, shard: Shard, tensors: Mapping[str, Tensor],
     about: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Writes one shard of a column; `about` is kept in its header, `key` is the manifest's."""
+    """Writes one shard of a column; `about` is kept in its header."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    header = {
-        "manifest": key, "column": column, "about": json.dumps(about or {}),
-        "crc32": f"{_checksum(tensors):08x}",
-    }  # fmt: skip
+    header = {"manifest": manifest.key_of(shard), "column": column, "about": about or {}}
+    header["crc32"] = _checksum(header, tensors)
+    # One entry: safetensors writes several in any order.
+    text = {"unsee": json.dumps(header)}
     file = shard_path(path, column, shard)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda p: save_file(tensors, p, metadata=header))
+    write_atomically(file, lambda p: save_file(tensors, p, metadata=text))
 
 
 def read_shard(
-    path: Path, column: str, shard: Shard, key: str
+    path: Path, manifest: Manifest, column: str, shard: Shard
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads one shard of a column and what its header says.
 
@@ -180,31 +221,32 @@ def read_shard(
     file = shard_path(path, column, shard)
     if not file.is_file():
         raise ValueError(f"{file}: no such shard; run the same `unsee index` again to continue")
+    again = "delete it and run the same `unsee index` again"
     try:
         with safe_open(str(file), framework="pt") as opened:
-            header = opened.metadata() or {}
+            header = json.loads((opened.metadata() or {})["unsee"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        about, crc32 = json.loads(header["about"]), header["crc32"]
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        crc32, key, about = header.pop("crc32"), header["manifest"], header["about"]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): {again}") from None
+    if _checksum(header, tensors) != crc32:
         raise ValueError(
-            f"{file} is damaged ({error!r}): delete it and run the same `unsee index` again"
-        ) from None
-    if header.get("manifest") != key:
-        raise ValueError(
-            f"{file} belongs to an index with other settings: its manifest is "
-            f"{header.get('manifest')}, that of this index is {key}"
+            f"{file} is damaged (its checksum is {_checksum(header, tensors)}, not {crc32}): "
+            f"{again}"
         )
-    if f"{_checksum(tensors):08x}" != crc32:
+    if (key, header["column"]) != (manifest.key_of(shard), column):
         raise ValueError(
-            f"{file} is damaged (its checksum is {_checksum(tensors):08x}, not {crc32}): delete "
-            "it and run the same `unsee index` again"
+            f"{file} belongs to another index or place: its key is {key} of column "
+            f"{header['column']!r}, that of this place is {manifest.key_of(shard)} of {column!r}; "
+            f"put the right one there, or {again}"
         )
     return tensors, about
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    total = 0
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    total = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), total)
-    return total
+        tensor = tensors[name]
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), total)
+    return f"{total:08x}"

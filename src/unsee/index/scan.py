@@ -1,67 +1,45 @@
 """Inner products of stored gradients with the directions of queries.
 
 An example's gradient in layer l is M_lᵀc, with its factor M_l [T, channels] and its text state
-c [T, width]. With a direction W_l [channels, width] the inner product is the sum of M_l ⊙ (c W_lᵀ):
-for one query nothing larger than tokens x channels is formed. For many queries it is cheaper to
-form the gradient once.
+c [T, width]. The inner product with a direction W_l [channels, width] is the sum of
+M_l ⊙ (c W_lᵀ). For few queries, W_l is replaced by one of low rank; for many, the gradient is
+formed once and serves all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .directions import Directions
 from .factors import Layer, Quantised, dequantise
 
 PRODUCT_BYTES = 100_000_000
 """What exists of products or gradients at the same time."""
 
-FORM_GRADIENTS_FROM = 3
-"""Queries from which on gradients are formed: two halves of an example cost as much as two
-queries do, and one more query then costs a hundredth of that."""
 
-
-def stack_directions(
-    directions: Sequence[Mapping[str, Tensor]], layers: Sequence[Layer],
-    weights: Mapping[str, Tensor],
-) -> Tensor:  # fmt: skip
-    """Joins the layers of each direction, as seen from the text state.
-
-    Args:
-        directions: for each query, weight name -> [channels, width].
-        layers: of the index.
-        weights: name -> value of the weights between text and layer (`Layer.reads`).
-
-    Returns:
-        [Q, width of the text state, channels of all layers] float32.
-    """
-
-    def seen(direction: Tensor, layer: Layer) -> Tensor:
-        return direction if layer.reads is None else direction @ weights[layer.reads].to(direction)
-
-    joined = [torch.cat([seen(d[la.name], la).T for la in layers], dim=1) for d in directions]
-    return torch.stack(joined).float()
-
-
-def scan(stored: Quantised, text: Tensor, layers: Sequence[Layer], directions: Tensor) -> Tensor:
+def scan(stored: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions) -> Tensor:
     """Inner products of the gradients of a shard's captions with directions.
 
     Args:
         stored: factors [views, R, 2, T, channels].
         text: [R, T, width] float32.
         layers: of the index.
-        directions: [Q, width, channels], see `stack_directions`.
+        asked: directions, on the device that is to do the work.
 
     Returns:
-        [views, R, 2, Q] float64.
+        [views, R, 2, 2Q] float64, on the CPU.
     """
     views, rows, _, length, channels = stored.values.shape
-    few = len(directions) < FORM_GRADIENTS_FROM
-    chunk = at_once((length if few else 2 * text.shape[-1]) * channels)
-    found = torch.zeros(views, rows, 2, len(directions), dtype=torch.float64)
-    device = directions.device
+    found = torch.zeros(views, rows, 2, asked.count, dtype=torch.float64)
+    truncated = _truncation_pays(asked, length, text.shape[-1])
+    if truncated:
+        chunk = at_once(2 * length * (channels + asked.rank))
+    else:
+        chunk = at_once(2 * text.shape[-1] * channels)
+    device = asked.full.device
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
         states = text[part].to(device, torch.float32)
@@ -69,11 +47,11 @@ def scan(stored: Quantised, text: Tensor, layers: Sequence[Layer], directions: T
             factors = Quantised(
                 stored.values[view, part].to(device), stored.scales[view, part].to(device)
             )
-            dense = dequantise(factors, layers)  # [r, 2, T, channels]
-            if few:
-                got = torch.stack([_by_tokens(dense, states, d) for d in directions], dim=-1)
+            if truncated:
+                got = _by_tokens(factors, states, layers, asked)
             else:
-                got = form_gradients(dense, states).flatten(2) @ directions.flatten(1).T
+                dense = dequantise(factors, layers)  # [r, 2, T, channels]
+                got = form_gradients(dense, states).flatten(2) @ asked.full.flatten(1).T
             found[view, part] = got.double().cpu()
     return found
 
@@ -83,10 +61,33 @@ def at_once(numbers: int) -> int:
     return max(1, PRODUCT_BYTES // (4 * numbers))
 
 
-def _by_tokens(factors: Tensor, text: Tensor, direction: Tensor) -> Tensor:
-    """Returns [r, 2] for factors [r, 2, T, channels]."""
-    products = text @ direction  # [r, T, channels]
-    return torch.einsum("rhtc,rtc->rh", factors, products)
+def _truncation_pays(asked: Directions, length: int, width: int) -> bool:
+    """Compares multiplications for one caption."""
+    if asked.left is None or asked.right is None:
+        return False
+    channels = asked.full.shape[2]
+    projected = sum(p.numel() for q in asked.left for p in q)
+    by_tokens = length * (2 * width * asked.rank + 2 * projected)
+    formed = 2 * length * width * channels + 2 * width * channels * asked.count
+    return by_tokens < formed
+
+
+def _by_tokens(
+    factors: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions
+) -> Tensor:
+    """Returns [r, 2, 2Q] for factors [r, 2, T, channels] and text [r, T, width]."""
+    assert asked.left is not None and asked.right is not None
+    values = factors.values.float().split([la.channels for la in layers], dim=-1)
+    products = []
+    for left, right in zip(asked.left, asked.right, strict=True):
+        sizes = torch.tensor([p.shape[-1] for p in right], device=text.device)
+        # The scales of the tokens, put on after the projection, are fewer.
+        projected = torch.cat([v @ p for v, p in zip(values, left, strict=True)], dim=-1)
+        projected = projected * factors.scales.repeat_interleave(sizes, dim=-1)  # [r, 2, T, R]
+        states = text @ torch.cat([p for half in (0, 1) for p in (r[half] for r in right)], dim=-1)
+        seen = states.unflatten(-1, (2, -1))  # [r, T, 2, R]
+        products.append(projected.flatten(2) @ seen.transpose(1, 2).flatten(2).mT)
+    return torch.cat(products, dim=-1)
 
 
 def form_gradients(factors: Tensor, text: Tensor) -> Tensor:

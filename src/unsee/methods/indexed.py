@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor
 from ..draws import Draws
 from ..gradients import Gradients
 from ..index.build import MEASURES
+from ..index.directions import Directions, directions, moments_of
 from ..index.factors import Measure, example_factors
 from ..index.fit import CurvatureName, layer_inputs
 from ..index.index import Index
-from ..index.scan import scan, stack_directions
+from ..index.layout import Shard
+from ..index.scan import scan
 from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
@@ -65,6 +66,7 @@ class AbU:
         rise: of the query's loss, which scores of a single column are scaled to.
         query_draws: timesteps and noise of the query, even in number, independent of the examples'.
         batch_size: draws of the query at once.
+        tolerance: share of the expected squared score that a cheaper scan may give up; 0 for none.
     """
 
     index: Index
@@ -74,6 +76,7 @@ class AbU:
     rise: float = 0.05
     query_draws: Draws = field(default_factory=lambda: Draws(seed=1, n=64))
     batch_size: int = 32
+    tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.query_draws.n % HALVES:
@@ -159,7 +162,7 @@ class AbU:
         curvature = None
         if self.curvature != "identity":
             curvature = index.curvature(self.curvature, column)
-        directions, sizes = [], []
+        steps, sizes = [], []
         for query in queries:
             halves = query.halves
             divided = halves if curvature is None else {
@@ -173,22 +176,23 @@ class AbU:
                     "with `unsee doctor`"
                 )
             sizes.append(self.rise * query.value / slope)
-            directions += [{n: d[h] * sizes[-1] for n, d in divided.items()} for h in range(HALVES)]
+            steps.append({n: d * sizes[-1] for n, d in divided.items()})
         weights = layer_inputs(index.model, index.layers)
-        stacked = stack_directions(directions, index.layers, weights).to(index.model.device)
-        parts = [_example_products(index, column, shard, stacked) for shard in index.shards()]
+        asked = directions(steps, index.layers, weights, moments_of(curvature), self.tolerance)
+        asked = asked.to(index.model.device)
+        parts = [_example_products(index, column, shard, asked) for shard in index.shards()]
         found = np.concatenate(parts)  # [N, views, 2, 2Q]
         return found.reshape(*found.shape[:3], len(queries), HALVES).transpose(0, 1, 3, 2, 4), sizes
 
 
-def _example_products(index: Index, column: str, shard: Any, directions: Tensor) -> np.ndarray:
-    """Returns [n, views, 2, directions] float64, averaged over captions."""
+def _example_products(index: Index, column: str, shard: Shard, asked: Directions) -> np.ndarray:
+    """Returns [n, views, 2, 2Q] float64, averaged over captions."""
     examples = index.examples(shard)
     counts = torch.tensor(examples.caption_counts)
     views = index.manifest.settings["views"]
-    total = torch.zeros(len(counts), views, HALVES, len(directions), dtype=torch.float64)
+    total = torch.zeros(len(counts), views, HALVES, asked.count, dtype=torch.float64)
     if examples.ids:
-        products = scan(index.factors(column, shard), index.text(shard), index.layers, directions)
+        products = scan(index.factors(column, shard), index.text(shard), index.layers, asked)
         owner = torch.arange(len(counts)).repeat_interleave(counts)
         total.index_add_(0, owner, products.transpose(0, 1))
         total /= counts[:, None, None, None]

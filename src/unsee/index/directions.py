@@ -1,0 +1,178 @@
+"""Directions of queries, as they are held against stored gradients: whole, and of low rank.
+
+A direction W [channels, width] matters by the scores that it makes. If channels and inputs of
+gradients were independent, the expected square of a score would be the squared norm of G^½ W A^½,
+with the second moments G and A of the two sides. Its smallest singular values can go, and what is
+lost is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..gradients import Gradients
+from .factors import Layer
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions of Q queries, in two halves of their draws.
+
+    Attributes:
+        full: [2Q, width of the text state, channels of all layers] float32; the halves of a query
+            behind one another.
+        left: for each query and layer [channels, rank] float32; None where nothing was truncated.
+        right: for each query and layer [2, width of the text state, rank] float32.
+        lost: largest share of a query's expected squared score that truncation gives up.
+    """
+
+    full: Tensor
+    left: list[list[Tensor]] | None = None
+    right: list[list[Tensor]] | None = None
+    lost: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """2Q."""
+        return len(self.full)
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks over queries and layers; 0 where nothing was truncated."""
+        return sum(p.shape[-1] for query in self.right or () for p in query)
+
+    def to(self, device: torch.device) -> Directions:
+        """Returns the directions on a device."""
+
+        def moved(parts: list[list[Tensor]] | None) -> list[list[Tensor]] | None:
+            return None if parts is None else [[p.to(device) for p in q] for q in parts]
+
+        return Directions(self.full.to(device), moved(self.left), moved(self.right), self.lost)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of the gradients of one weight, channels and inputs apart.
+
+    Attributes:
+        outputs: [channels] root of the mean square along each vector, up to a factor.
+        inputs: [width].
+        vectors: orthogonal bases [channels, channels] and [width, width], in columns; None for
+            the basis that the weight has.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    vectors: tuple[Tensor, Tensor] | None
+
+    def rotate(self, directions: Tensor) -> Tensor:
+        """Returns directions [..., channels, width] in the basis of the vectors."""
+        if self.vectors is None:
+            return directions
+        return self.vectors[0].T @ directions @ self.vectors[1]
+
+    def rotate_back(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the two sides, [channels, r] and [..., r, width], in the weight's basis."""
+        if self.vectors is None:
+            return left, right
+        return self.vectors[0] @ left, right @ self.vectors[1].T
+
+
+def moments_of(curvature: object | None) -> dict[str, Moments] | None:
+    """Returns what a curvature knows of the gradients it was fitted on; None if nothing."""
+    values: Gradients | None = getattr(curvature, "values", None)
+    if values is None:
+        return None
+    outputs, inputs = (getattr(curvature, f"{side}_vectors", None) for side in ("output", "input"))
+    found = {}
+    for name, v in values.items():
+        # What hardly ever occurs must not be divided by its rounding.
+        roots = [v.mean(1 - side).sqrt() for side in (0, 1)]
+        roots = [r.clamp_min(1e-4 * float(r.max())).float() for r in roots]
+        bases = None
+        if outputs is not None and inputs is not None:
+            bases = outputs[name].float(), inputs[name].float()
+        found[name] = Moments(roots[0], roots[1], bases)
+    return found
+
+
+def directions(
+    halves: Sequence[Mapping[str, Tensor]],
+    layers: Sequence[Layer],
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Moments] | None = None,
+    tolerance: float = 1e-4,
+) -> Directions:
+    """Prepares directions for `scan`.
+
+    Args:
+        halves: for each query, weight name -> [2, channels, width].
+        layers: of the index.
+        weights: name -> value of the weights between text and layer (`Layer.reads`).
+        moments: weight name -> moments of the examples' gradients; without them, nothing is
+            truncated.
+        tolerance: share of a query's expected squared score that truncation may give up.
+    """
+
+    def seen(direction: Tensor, layer: Layer) -> Tensor:
+        return direction if layer.reads is None else direction @ weights[layer.reads].to(direction)
+
+    full = torch.cat(
+        [torch.cat([seen(q[la.name], la).mT for la in layers], dim=2).float() for q in halves]
+    )
+    if moments is None or tolerance <= 0:
+        return Directions(full)
+    left, right, lost = [], [], 0.0
+    for query in halves:
+        parts = [_Decomposed.of(query[la.name], moments[la.name]) for la in layers]
+        ranks, share = _ranks([p.values for p in parts], tolerance)
+        lost = max(lost, share)
+        sides = [p.truncated(r) for p, r in zip(parts, ranks, strict=True)]
+        left.append([a for a, _ in sides])
+        right.append([seen(b, la).mT.contiguous()
+                      for (_, b), la in zip(sides, layers, strict=True)])  # fmt: skip
+    return Directions(full, left, right, lost)
+
+
+@dataclass(frozen=True)
+class _Decomposed:
+    """Singular value decomposition of both halves of a direction, side by side and weighted."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    moments: Moments
+
+    @classmethod
+    def of(cls, halves: Tensor, moments: Moments) -> _Decomposed:
+        weighted = moments.rotate(halves.float()) * moments.outputs[:, None] * moments.inputs
+        sides = torch.linalg.svd(torch.cat(list(weighted), dim=1), full_matrices=False)
+        return cls(*sides, moments)
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Returns [channels, rank] and [2, rank, width], without the weights."""
+        left = self.left[:, :rank] / self.moments.outputs[:, None]
+        right = self.values[:rank, None] * self.right[:rank]
+        return self.moments.rotate_back(
+            left, torch.stack(right.chunk(2, dim=1)) / self.moments.inputs
+        )
+
+
+def _ranks(values: Sequence[Tensor], tolerance: float) -> tuple[list[int], float]:
+    """Returns the rank of each layer, and the share of the squares that is lost.
+
+    The smallest singular values of all layers go first.
+    """
+    squares = [v.double().square() for v in values]
+    every = torch.cat(squares).sort().values
+    total = float(every.sum())
+    if total == 0:
+        return [1] * len(values), 0.0
+    gone = int((every.cumsum(0) <= tolerance * total).sum())
+    ranks = [max(1, int((s >= every[gone]).sum())) for s in squares]
+    kept = sum(float(s[:r].sum()) for s, r in zip(squares, ranks, strict=True))
+    return ranks, max(0.0, 1 - kept / total)

@@ -1,0 +1,66 @@
+"""The table of an index's examples: ids, captions and metadata, in examples.parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.dataset import ImageDataset
+from ..files import write_atomically
+from .build import Indexed
+from .layout import Manifest, read_shard
+
+
+def write_table(path: Path, manifest: Manifest, data: Indexed | None = None) -> None:
+    """Writes the table from the shards; what `data` does not tell is kept from before."""
+    rows: list[dict[str, Any]] = []
+    for shard in manifest.shards:
+        about = read_shard(path, manifest, "examples", shard)[1]
+        rows += [{"id": i, "shard": shard.number} for i in about["ids"]]
+    file = path / "examples.parquet"
+    known: dict[str, dict[str, Any]] = {}
+    if file.is_file():
+        known = {row["id"]: row for row in _read(file).to_pylist()}
+    if isinstance(data, ImageDataset):
+        at = {identifier: position for position, identifier in enumerate(data.ids)}
+        for row in rows:
+            if row["id"] in at:
+                position = at[row["id"]]
+                known[row["id"]] = {
+                    **data.metadata(position), "captions": list(data.captions[position])
+                }  # fmt: skip
+    merged = [{**known.get(row["id"], {}), **row} for row in rows]
+    names = dict.fromkeys(["id", "captions", "shard", *(n for row in merged for n in row)])
+    table = pa.table({name: [row.get(name) for row in merged] for name in names})
+    table = table.replace_schema_metadata({"parts": str(len(manifest.parts))})
+    write_atomically(file, lambda p: pq.write_table(table, p, write_page_checksum=True))
+
+
+def read_ids(path: Path, manifest: Manifest) -> list[str] | None:
+    """Returns the ids of the examples, in the order of the rows; None where some are to come.
+
+    Raises:
+        ValueError: the table is damaged.
+    """
+    file = path / "examples.parquet"
+    if not file.is_file():
+        return None
+    table = _read(file, ["id"])
+    if (table.schema.metadata or {}).get(b"parts") != str(len(manifest.parts)).encode():
+        return None
+    # A deletion that was killed may have left rows behind.
+    gone = set(manifest.deleted)
+    return [i for i in table["id"].to_pylist() if i not in gone]
+
+
+def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({str(error).splitlines()[0]}): delete it and run the same "
+            "`unsee index` again"
+        ) from None
