@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .cli_arguments import DATA_HELP, open_data
+from .cli_arguments import DATA_HELP, MODEL_HELP, open_data, positive, quiet_loading
+
+if TYPE_CHECKING:
+    from .models.base import Denoiser
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -22,6 +29,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("scores", metavar="SCORES", nargs=2, type=Path,
                          help="folder of QUERY.parquet")  # fmt: skip
     _add_outcomes(command)
+
+    _add_counterfactual(kinds)
 
 
 def _add_outcomes(command: argparse.ArgumentParser) -> None:
@@ -57,3 +66,133 @@ def _evaluate(args: argparse.Namespace) -> None:
     if result.agreement is not None:
         text += f"; two seeds on the same subset agree by {result.agreement:.3f}"
     print(text)
+
+
+# -- counterfactual -----------------------------------------------------------------------------
+
+
+def _add_counterfactual(kinds: argparse._SubParsersAction) -> None:
+    command = kinds.add_parser(
+        "counterfactual", help="is a picture lost by training without its top K?"
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    command.add_argument(
+        "scores",
+        metavar="SCORES",
+        nargs="+",
+        type=Path,
+        help="a method's folder: QUERY.parquet or QUERY/scores.parquet",
+    )
+    command.add_argument(
+        "--queries",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines: id, prompt, seed; also steps, guidance_scale",
+    )
+    command.add_argument("--k", required=True, help="how many are removed: 34, or 2%%")
+    command.add_argument("--train-command", metavar="COMMAND",
+                         help="'python train.py {data} {out}': {data} is an image folder, {ids} a "
+                         "file of the ids in it, {out} where the pipeline is saved; no shell sees "
+                         "it (default: as `unsee train text-to-image` made MODEL)")  # fmt: skip
+    command.add_argument("--out", type=Path, default=Path("runs/counterfactual"))
+    command.add_argument("--random", type=positive, default=4, help="random sets to compare with")
+    command.add_argument("--seed", type=int, default=0, help="of the random sets")
+    command.add_argument("--draws", type=positive, default=100, help="of a query's loss")
+    command.add_argument("--lora", help="LoRA weights on MODEL; then {out} gets such weights")
+    command.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    command.add_argument("--level", type=float, default=0.95, help="of the intervals")
+    command.set_defaults(run=_counterfactual)
+
+
+def _counterfactual(args: argparse.Namespace) -> int:
+    from .demo import write_demo_model
+    from .evaluation.counterfactual import evaluate_removals, read_queries, read_rankings
+    from .evaluation.leave_out import count_of, table_of
+    from .evaluation.retrain import check_command
+
+    queries = read_queries(args.queries)
+    rankings = read_rankings(args.scores, [query.id for query in queries])
+    data = open_data(args.data)
+    k = count_of(args.k, len(data))
+    quiet_loading()
+    source = str(write_demo_model()) if args.model == "demo" else args.model
+    if args.train_command is not None:
+        command = _split(args.train_command)
+    else:
+        command = recorded_command(Path(source), data.fingerprint)
+    check_command(command)
+
+    def opened(folder: str | Path, lora: str | Path | None) -> Denoiser:
+        from .models.base import Denoiser
+        from .models.loading import load_lora, load_pipeline
+
+        pipeline = load_pipeline(folder, args.dtype, args.device)
+        if lora is not None:
+            load_lora(pipeline, lora)
+        return Denoiser.from_pipeline(pipeline, "all")
+
+    result = evaluate_removals(
+        opened(source, args.lora), data, queries, rankings, k, command, args.out,
+        open_model=lambda path: opened(source, path) if args.lora else opened(path, None),
+        random=args.random, seed=args.seed, draws=args.draws, level=args.level,
+    )  # fmt: skip
+    print("\n".join(table_of(result.effects)))
+    print(f"change of the mean over queries, with {args.level:.0%} intervals; every outcome is in "
+          f"{args.out / f'k{k}' / 'outcomes.parquet'}")  # fmt: skip
+    for run in result.failed:
+        print(f"unsee: {run.error}", file=sys.stderr)
+    return 1 if result.failed else 0
+
+
+def _split(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"--train-command {command!r}: {error}") from None
+
+
+def recorded_command(model: Path, fingerprint: str) -> list[str]:
+    """Returns the command that trains a model again as its `training.json` says.
+
+    Args:
+        model: folder that `unsee train text-to-image` wrote.
+        fingerprint: of the data set; the record's must be the same.
+
+    Raises:
+        ValueError: no such record, of other data, or of settings that the command line lacks.
+    """
+    from .training.commands import RECORD
+    from .training.loop import Optimization
+
+    path = model / RECORD
+    if not path.is_file():
+        raise ValueError(f"{str(model)!r} has no {RECORD}, which says how to train it again: give "
+                         "--train-command")  # fmt: skip
+    about = json.loads(path.read_text(encoding="utf-8"))
+    recipe, how = about["recipe"], about["optimization"]
+    if recipe is None or "text_encoder" not in about or about["left_out"]:
+        raise ValueError(f"{path} is not of a text-to-image training on all data: give "
+                         "--train-command")  # fmt: skip
+    if about["data"]["fingerprint"] != fingerprint:
+        raise ValueError(f"{path} is of other data (fingerprint {about['data']['fingerprint']}, "
+                         f"here {fingerprint})")  # fmt: skip
+    told = {name: how[name] for name in ("steps", "batch_size", "learning_rate", "seed")}
+    if vars(Optimization(**told)) != how:
+        raise ValueError(f"{path}: settings that `unsee train` has no options for: give "
+                         "--train-command")  # fmt: skip
+    options = {
+        **recipe,
+        **told,
+        "channels": ",".join(map(str, recipe["channels"])),
+        "autoencoder": (model / "vae").resolve(),
+        "threads": about["threads"],
+        **{n: about[n] for n in ("text_encoder", "max_tokens", "caption_dropout")},
+    }
+    command = [sys.executable, "-m", "unsee.cli", "train", "text-to-image", "{data}", "{out}"]
+    for name, value in options.items():
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return command

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from unsee.data.dataset import load_dataset
 from unsee.evaluation.retrain import retrain, without, without_top
 
 IDS = ["a", "b", "c", "d é"]
@@ -16,7 +17,7 @@ COPY = "import sys, shutil, os; shutil.copy(sys.argv[1], os.path.join(sys.argv[2
 
 
 def command(code):
-    return [sys.executable, "-c", code, "{data}", "{out}"]
+    return [sys.executable, "-c", code, "{ids}", "{out}"]
 
 
 def test_trains_on_the_ids_that_are_kept(tmp_path):
@@ -31,7 +32,7 @@ def test_trains_on_the_ids_that_are_kept(tmp_path):
 
 def test_placeholders_inside_arguments_and_other_braces(tmp_path):
     code = "import sys, pathlib; pathlib.Path(sys.argv[1][6:], 'm').write_text(sys.argv[2])"
-    arguments = [sys.executable, "-c", code, "--out={out}", "{x}{data}{{}}"]
+    arguments = [sys.executable, "-c", code, "--out={out}", "{x}{ids}{{}}"]
     (result,) = retrain(arguments, {"one": ["a"]}, IDS, tmp_path)
     assert (result.model / "m").read_text() == f"{{x}}{tmp_path / 'one' / 'ids.txt'}{{{{}}}}"
 
@@ -149,14 +150,14 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "runs", "message"),
     [
-        (["train", "{data}"], {"one": ["a"]}, r"no argument of the command .* holds \{out\}"),
-        (["train", "{out}"], {"one": ["a"]}, r"no argument of the command .* holds \{data\}"),
-        ("train {data} {out}", {"one": ["a"]}, "is one string, not a list"),
+        (["train", "{ids}"], {"one": ["a"]}, r"no argument of the command .* holds \{out\}"),
+        (["train", "{out}"], {"one": ["a"]}, r"no argument of the command .* holds \{ids\}"),
+        ("train {ids} {out}", {"one": ["a"]}, "is one string, not a list"),
         (command("pass"), {"one": ["a", "x"]}, "run 'one': 'x' is not among the 4 examples"),
         (command("pass"), {"one": ["a", "b", "a"]}, "run 'one': 'a' is given twice"),
         (command("pass"), {"one": []}, "run 'one' is to be trained on no examples"),
         (command("pass"), {"../one": ["a"]}, "'../one' cannot be the name of a folder"),
-        (["/no/such/program", "{data}", "{out}"], {"one": ["a"]}, "cannot be started"),
+        (["/no/such/program", "{ids}", "{out}"], {"one": ["a"]}, "cannot be started"),
     ],
 )
 def test_refuses(arguments, runs, message, tmp_path):
@@ -188,3 +189,34 @@ def test_without():
         without_top(IDS, IDS, 5)
     with pytest.raises(ValueError, match="K = 0 is not from 1 to 4"):
         without_top(IDS, IDS, 0)
+
+
+def test_writes_the_examples_as_an_image_folder(tmp_path, image_folder):
+    data = load_dataset("imagefolder", data_dir=image_folder)
+    code = "import sys, shutil; shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)"
+    arguments = [sys.executable, "-c", code, "{data}", "{out}"]
+    kept = data.ids[3:7]
+    (result,) = retrain(arguments, {"one": kept}, data.ids, tmp_path / "runs", data=data)
+    assert result.error is None
+    assert load_dataset("imagefolder", data_dir=result.model).ids == kept
+    assert not (tmp_path / "runs" / "one" / "data").exists()  # it has served
+
+
+def test_no_image_folder_without_a_data_set(tmp_path):
+    arguments = [sys.executable, "-c", "pass", "{data}", "{ids}", "{out}"]
+    with pytest.raises(ValueError, match=r"holds \{data\}, but no data set was given"):
+        retrain(arguments, {"one": ["a"]}, IDS, tmp_path)
+
+
+def test_a_model_that_is_none_is_trained_again(tmp_path):
+    def check(folder):
+        if (folder / "count").read_text() == "1":
+            raise ValueError("it is too young")
+
+    (first,) = retrain(command(COUNT), {"one": ["a"]}, IDS, tmp_path, check=check)
+    assert "run 'one' failed: wrote no model that can be used: it is too young" in first.error
+    (second,) = retrain(command(COUNT), {"one": ["a"]}, IDS, tmp_path, check=check)
+    assert second.error is None
+    # A finished run is not looked at again.
+    (third,) = retrain(command(COUNT), {"one": ["a"]}, IDS, tmp_path, check=lambda path: 1 / 0)
+    assert third == second

@@ -105,7 +105,7 @@ def plan_removals(
 def _random(ids: Sequence[str], k: int, seed: int, number: int) -> tuple[str, ...]:
     key = stable_seed("leave out", seed, k, number)
     order = np.random.Generator(np.random.Philox(key=key)).permutation(len(ids))
-    return tuple(ids[row] for row in sorted(order[:k].tolist()))
+    return tuple(ids[row] for row in sorted(int(r) for r in order[:k]))
 
 
 def _plain(name: str) -> str:

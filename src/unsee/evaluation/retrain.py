@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.dataset import ImageDataset
+from ..data.image_folder import write_image_folder
 from ..draws import stable_seed
 from ..files import write_atomically
 
@@ -77,21 +80,27 @@ def retrain(
     runs: Mapping[str, Sequence[str]],
     ids: Sequence[str],
     out: Path,
+    *,
+    data: ImageDataset | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> list[Retrained]:
     """Runs a training command once for each set of ids that it is to be trained on.
 
-    The command is an argument list; no shell sees it. In every argument `{data}` stands for a
-    text file with the ids to train on, one a line, and `{out}` for a folder that exists, where
-    the command leaves its model. A run is finished when the command ends with exit code 0 and
-    something is in that folder; finished runs are not repeated. What a run that was stopped left
-    in the folder stays there, so that the script can continue. When one run fails, the others go
-    on. Its output is in `out/NAME/log.txt`.
+    The command is an argument list; no shell sees it. In every argument `{data}` stands for an
+    image folder of the examples to train on, `{ids}` for a text file with their ids, one a line,
+    and `{out}` for a folder that exists, where the command leaves its model. A run is finished
+    when the command ends with exit code 0, something is in that folder, and `check` is content;
+    finished runs are not repeated. What a run that was stopped left in the folder stays there, so
+    that the script can continue. When one run fails, the others go on. Its output is in
+    `out/NAME/log.txt`. The image folder is removed when the run is finished.
 
     Args:
-        command: for example `["python", "train.py", "--ids={data}", "--save-to={out}"]`.
+        command: for example `["python", "train.py", "--data={data}", "--save-to={out}"]`.
         runs: name -> ids to train on.
         ids: of all examples.
         out: folder of the runs.
+        data: the examples, for `{data}`.
+        check: is called with the folder of a model; a ValueError says why it is none.
 
     Returns:
         For each run, in order, where its model is or what went wrong.
@@ -101,24 +110,37 @@ def retrain(
             folder name, no ids, unknown ids, ids given twice, or a folder that holds a run on
             other ids or by another command.
     """
-    _check_command(command)
+    check_command(command, folder=data is not None)
     for name, kept in runs.items():
         if name != Path(name).name or name in ("", ".", ".."):
             raise ValueError(f"retrain: run name {name!r} cannot be the name of a folder")
         if not _known(kept, ids, f"run {name!r}"):
             raise ValueError(f"retrain: run {name!r} is to be trained on no examples")
         _check_folder(out / name, command, kept)
-    return [_run(command, name, kept, out / name) for name, kept in runs.items()]
+    results = []
+    for number, (name, kept) in enumerate(runs.items(), start=1):
+        if not (out / name / FINISHED).is_file():
+            LOG.info("retrain: %d of %d, %s", number, len(runs), name)
+        results.append(_run(command, name, kept, out / name, data, check))
+    return results
 
 
-def _check_command(command: Sequence[str]) -> None:
+def check_command(command: Sequence[str], folder: bool = True) -> None:
+    """Raises a ValueError unless a command is a list that holds `{out}`, and `{data}` or `{ids}`.
+
+    Args:
+        command: the argument list.
+        folder: whether there is an image folder for `{data}`.
+    """
     if isinstance(command, str):
         raise ValueError(f"retrain: the command {command!r} is one string, not a list of arguments")
-    for placeholder in ("{data}", "{out}"):
-        if not any(placeholder in argument for argument in command):
+    for places in (("{data}", "{ids}") if folder else ("{ids}",), ("{out}",)):
+        if not any(place in argument for argument in command for place in places):
             raise ValueError(
-                f"retrain: no argument of the command {list(command)} holds {placeholder}"
+                f"retrain: no argument of the command {list(command)} holds {' or '.join(places)}"
             )
+    if not folder and any("{data}" in argument for argument in command):
+        raise ValueError("retrain: the command holds {data}, but no data set was given to write")
 
 
 def _known(chosen: Sequence[str], ids: Sequence[str], what: str) -> set[str]:
@@ -157,13 +179,18 @@ def _text(kept: Sequence[str]) -> str:
     return "".join(f"{i}\n" for i in kept)
 
 
-def _run(command: Sequence[str], name: str, kept: Sequence[str], folder: Path) -> Retrained:
-    model, data, finished = folder / "model", folder / "ids.txt", folder / FINISHED
+def _run(
+    command: Sequence[str], name: str, kept: Sequence[str], folder: Path,
+    data: ImageDataset | None, check: Callable[[Path], object] | None,
+) -> Retrained:  # fmt: skip
+    model, listed, finished = folder / "model", folder / "ids.txt", folder / FINISHED
     if finished.is_file():
         return Retrained(name, model)
     model.mkdir(parents=True, exist_ok=True)
-    write_atomically(data, lambda path: path.write_text(_text(kept), encoding="utf-8"))
-    places = {"{data}": str(data.resolve()), "{out}": str(model.resolve())}
+    write_atomically(listed, lambda path: path.write_text(_text(kept), encoding="utf-8"))
+    if data is not None and any("{data}" in argument for argument in command):
+        write_image_folder(data.select(kept), folder / "data")
+    places = {"{data}": folder / "data", "{ids}": listed, "{out}": model}
     arguments = [_filled(argument, places) for argument in command]
     started = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
@@ -175,9 +202,7 @@ def _run(command: Sequence[str], name: str, kept: Sequence[str], folder: Path) -
             raise ValueError(
                 f"retrain: the command {arguments[0]!r} cannot be started ({error})"
             ) from None
-    if code or not model.is_dir() or not any(model.iterdir()):
-        stopped = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        wrong = stopped if code else f"wrote nothing in {str(model)!r}"
+    if wrong := _wrong(code, model, check):
         last = "\n".join(f"  {line}" for line in _last_lines(folder / "log.txt"))
         error = f"run {name!r} failed: {wrong}\n{last or '  (no output)'}"
         LOG.warning("retrain: %s", error)
@@ -189,13 +214,28 @@ def _run(command: Sequence[str], name: str, kept: Sequence[str], folder: Path) -
         "seconds": round(time.monotonic() - started, 1),
     }
     write_atomically(finished, lambda path: path.write_text(json.dumps(about), encoding="utf-8"))
+    shutil.rmtree(folder / "data", ignore_errors=True)
     return Retrained(name, model)
 
 
-def _filled(argument: str, places: Mapping[str, str]) -> str:
+def _wrong(code: int, model: Path, check: Callable[[Path], object] | None) -> str | None:
+    """Returns what is wrong with a command that has ended, or None."""
+    if code:
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    if not model.is_dir() or not any(model.iterdir()):
+        return f"wrote nothing in {str(model)!r}"
+    try:
+        if check is not None:
+            check(model)
+    except ValueError as error:
+        return f"wrote no model that can be used: {error}"
+    return None
+
+
+def _filled(argument: str, places: Mapping[str, Path]) -> str:
     # Not str.format: an argument may hold other braces.
-    for placeholder, value in places.items():
-        argument = argument.replace(placeholder, value)
+    for placeholder, path in places.items():
+        argument = argument.replace(placeholder, str(path.resolve()))
     return argument
 
 
