@@ -12,12 +12,16 @@ import torch
 
 from unsee.draws import Draws
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
+from unsee.files import write_atomically
 from unsee.methods.example_gradients import (
     GradientMatrix,
     Measure,
     QueryExamples,
     example_gradients,
 )
+from unsee.methods.forward import load_array, save_array
+from unsee.methods.journey import journey_gradients
+from unsee.models.unet import UNetDenoiser
 
 EXAMPLE_DRAWS = Draws(seed=0, n=32)
 SECOND_DRAWS = Draws(seed=10, n=32)
@@ -40,6 +44,23 @@ def matrices(
         benchmark.model, QueryExamples(benchmark.queries), QUERY_DRAWS, measure=measure, cache=cache
     )
     return examples, queries
+
+
+def journeys(
+    benchmark: Benchmark, work: Path, measure: Measure, names: list[str]
+) -> GradientMatrix:
+    """Returns the gradients of the queries along their generation, in some of the parameters."""
+    model = UNetDenoiser(
+        benchmark.model.network, benchmark.model.pipeline.scheduler, names, benchmark.model.pipeline
+    )
+    path = work / "gradients" / f"journeys-{measure}.npy"
+    if not path.is_file():
+        rows = journey_gradients(model, benchmark.queries, measure=measure).shards[0]
+        write_atomically(path, lambda p: save_array(p, rows))
+    width = sum(p.numel() for p in model.parameters.values())
+    shapes = [tuple(p.shape) for p in model.parameters.values()]
+    rows = load_array(path, (len(benchmark.queries), width))
+    return GradientMatrix([q.id for q in benchmark.queries], list(model.parameters), shapes, [rows])
 
 
 def main() -> None:

@@ -7,107 +7,85 @@ Writes WORK/scores/METHOD.npy, [Q, N] float64, higher is more influential.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from gradients import matrices
+from curvatures import Fitted, curvatures, gauss_newton, kv_names, refitted
+from gradients import journeys, matrices
 
-from unsee.curvature.diagonal import DiagonalFisher
-from unsee.curvature.kfac import EKFAC, KFAC, kronecker_covariances
-from unsee.draws import Draws
+from unsee.curvature.kfac import EKFAC
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
-from unsee.gradients import per_example_gradients
+from unsee.methods.combine import combined_values
 from unsee.methods.example_gradients import GradientMatrix, Measure
-from unsee.methods.forward import gather
-from unsee.methods.influence import influence_scores
+from unsee.methods.influence import influence_scores, second_order_scores
 from unsee.methods.similarity import similarity_scores
 from unsee.methods.trak import trak_kernel, trak_scores
-from unsee.methods.unlearning import fit_diagonal_fisher
-from unsee.models.unet import UNetDenoiser
 
 Scored = Iterator[tuple[str, np.ndarray]]
 """(method, scores [N, Q]) one after another."""
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
-FIT_EXAMPLES, FIT_DRAWS = 512, Draws(seed=20, n=8)
 
 
-def batches(
-    benchmark: Benchmark, draws: Draws, examples: int = 8, averaged: bool = False
-) -> Iterator[Callable[[], torch.Tensor]]:
-    """Losses of a spread sample of the members, for the fit of a curvature."""
-    rows = np.flatnonzero(benchmark.members)
-    rows = rows[np.linspace(0, len(rows) - 1, FIT_EXAMPLES).astype(int)]
-    for first in range(0, len(rows), examples):
-        jobs = [(0, int(r), 0) for r in rows[first : first + examples]]
-        latents, text, t, e = gather(benchmark.data, draws, jobs)
-        # One row for each draw: hooks need a draw's own keys and values.
-        latents, text = (x.repeat_interleave(draws.n, 0) for x in (latents, text))
-        row = (latents, text, t.flatten()[:, None], e.flatten(0, 1)[:, None])
-        shape = (len(jobs), draws.n) if averaged else (-1,)
-        yield lambda row=row, shape=shape: benchmark.model.loss(*row)[:, 0].reshape(shape)
+def keys_and_values(
+    benchmark: Benchmark, work: Path, measure: Measure
+) -> tuple[GradientMatrix, GradientMatrix]:
+    """Returns the gradients of examples and queries in the keys and values of cross-attention."""
+    examples, queries = matrices(benchmark, work, measure)
+    kv = kv_names(examples)
+    return examples.only(kv), queries.only(kv)
 
 
-def curvatures(benchmark: Benchmark, gradients: GradientMatrix, kv: list[str]) -> dict:
-    """Fits every curvature of the K and V weights; `gradients` are the examples' averaged ones."""
-    model = benchmark.model
-    parameters = {n: model.parameters[n] for n in kv}
-    keys = [n for n in kv if "to_k" in n]
-    members = torch.from_numpy(np.flatnonzero(benchmark.members))
-    found: dict = {"identity": None}
-    narrow = UNetDenoiser(model.network, model.pipeline.scheduler, kv)
-    found["diagonal per draw"] = fit_diagonal_fisher(narrow, benchmark.data, Draws(seed=21, n=2))
-    squares = {n: gradients.of(n)[members].double().square().mean(0) for n in kv}
-    found["diagonal averaged"] = DiagonalFisher(squares, len(members))
-    with narrow.gradients_on():
-        for kind in ("per_draw", "averaged"):
-            averaged = kind == "averaged"
-            covariances = kronecker_covariances(
-                model.network, parameters, batches(benchmark, FIT_DRAWS, averaged=averaged),
-                kind, centre_inputs=keys,
-            )  # fmt: skip
-            found[f"K-FAC {kind}"] = KFAC.fit(covariances)
-            rows = (
-                ({n: gradients.of(n)[members]} for n in kv) if averaged else
-                (per_example_gradients(model.network, parameters, loss)
-                 for loss in batches(benchmark, FIT_DRAWS))
-            )  # fmt: skip
-            found[f"EK-FAC {kind}"] = EKFAC.fit(covariances, rows)
-            if averaged:
-                basis = covariances
-    found["basis"] = basis
-    return found
-
-
-def kv_names(gradients: GradientMatrix) -> list[str]:
-    """Returns the names of the cross-attention's key and value weights."""
-    return [n for n in gradients.names if ".attn2." in n and ("to_k" in n or "to_v" in n)]
+def damped(
+    name: str, examples: GradientMatrix, queries: GradientMatrix, found: Mapping[str, Fitted | None]
+) -> Scored:
+    """Influence under each curvature and damping."""
+    for kind, curvature in found.items():
+        for damping in DAMPINGS if curvature is not None else (0.0,):
+            scores = influence_scores(examples, queries, curvature, damping)
+            yield f"{name}, {kind}, damping {damping:g}", scores
 
 
 def influence(benchmark: Benchmark, work: Path) -> Scored:
-    """Influence functions on K and V, each curvature and damping."""
-    examples_all, queries_all = matrices(benchmark, work, "loss")
-    kv = kv_names(examples_all)
-    examples, queries = examples_all.only(kv), queries_all.only(kv)
-    found = curvatures(benchmark, examples, kv)
-    basis = found.pop("basis")
-    for name, curvature in found.items():  # for unlearn.py
-        if curvature is not None:
-            curvature.save(work / "curvature" / f"{name}.safetensors")
-    if list((work / "gradients").glob("gradients-gauss_newton-*")):
-        sampled = matrices(benchmark, work, "gauss_newton")[0].only(kv)
-        found["EK-FAC Gauss-Newton"] = EKFAC.fit(basis, ({n: sampled.of(n)} for n in kv))
-    for name, curvature in found.items():
-        for damping in DAMPINGS if curvature is not None else (0.0,):
-            scores = influence_scores(examples, queries, curvature, damping)
-            yield f"influence, {name}, damping {damping:g}", scores
-    yield "renormalised gradients", influence_scores(examples, queries, None, normalise=True)
+    """Influence functions on K and V, each empirical curvature and damping."""
+    examples, queries = keys_and_values(benchmark, work, "loss")
+    yield from damped("influence", examples, queries, curvatures(benchmark, work, examples))
+
+
+def gauss_newtons(benchmark: Benchmark, work: Path) -> Scored:
+    """Gradients of the loss, and of the output's norm, under the Gauss-Newton matrix; and the
+    second-order term, of which the same sampled gradients are an estimate."""
+    examples_all, _ = matrices(benchmark, work, "gauss_newton")
+    sampled = examples_all.only(kv_names(examples_all))
+    found = gauss_newton(benchmark, work, sampled)
+    for name, measure in (("influence", "loss"), ("output norm", "output_norm")):
+        examples, queries = keys_and_values(benchmark, work, measure)
+        yield from damped(name, examples, queries, found)
+    _, queries = keys_and_values(benchmark, work, "loss")
+    steps = {"EK-FAC Gauss-Newton": found["EK-FAC Gauss-Newton"], "EK-FAC averaged": EKFAC.load(
+        work / "curvature" / "EK-FAC averaged.safetensors")}  # fmt: skip
+    for (kind, curvature), damping in itertools.product(steps.items(), DAMPINGS):
+        scores = second_order_scores(sampled, queries, curvature, damping)
+        yield f"second order, {kind}, damping {damping:g}", scores
+
+
+def renormalised(benchmark: Benchmark, work: Path) -> Scored:
+    """TracIn's cosine, and RelatIF under EK-FAC."""
+    examples, queries = keys_and_values(benchmark, work, "loss")
+    yield "renormalised gradients", influence_scores(examples, queries, None, normalise="gradient")
+    curvature = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
+    for damping in DAMPINGS:
+        scores = influence_scores(examples, queries, curvature, damping, "gradient")
+        yield f"renormalised, EK-FAC averaged, damping {damping:g}", scores
+    for damping in (0.1, 1.0):  # each example's gradient is divided by the curvature: slow
+        for what, name in (("parameters", "theta-RelatIF"), ("loss", "l-RelatIF")):
+            scores = influence_scores(examples, queries, curvature, damping, what)
+            yield f"{name}, EK-FAC averaged, damping {damping:g}", scores
 
 
 def kernels(benchmark: Benchmark, work: Path, measure: Measure) -> Scored:
@@ -127,30 +105,46 @@ def kernels(benchmark: Benchmark, work: Path, measure: Measure) -> Scored:
 
 def outputs(benchmark: Benchmark, work: Path) -> Scored:
     """Gradients of the output's norm, as D-TRAK's, divided by EK-FAC instead of their kernel."""
-    examples, queries = matrices(benchmark, work, "output_norm")
-    kv = kv_names(examples)
-    examples, queries = examples.only(kv), queries.only(kv)
-    members = torch.from_numpy(np.flatnonzero(benchmark.members))
+    examples, queries = keys_and_values(benchmark, work, "output_norm")
     basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
-    values = {}
-    for n in kv:
-        rotated = basis.rotate({n: examples.of(n)[members]})[n]
-        values[n] = rotated.double().square().mean(0)
-    curvature = dataclasses.replace(basis, values=values)
-    for damping in DAMPINGS:
-        scores = influence_scores(examples, queries, curvature, damping)
-        yield f"output norm, EK-FAC, damping {damping:g}", scores
+    curvature = refitted(basis, examples, benchmark.members)
+    yield from damped("output norm", examples, queries, {"EK-FAC": curvature})
+
+
+def along_journeys(benchmark: Benchmark, work: Path) -> Scored:
+    """Journey-TRAK, and gradients along the journey under EK-FAC."""
+    for measure in ("loss", "output_norm"):
+        examples, _ = keys_and_values(benchmark, work, measure)
+        queries = journeys(benchmark, work, measure, examples.names)
+        name = "Journey-TRAK" if measure == "loss" else "Journey-D-TRAK"
+        kernel, cross = trak_kernel(examples), examples.products(queries)
+        for ridge in RIDGES:
+            scores = trak_scores(kernel, cross, ridge, benchmark.members)
+            yield f"{name}, K and V, ridge {ridge:g}", scores
+        basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
+        found = {"EK-FAC": refitted(basis, examples, benchmark.members)}
+        what = "influence" if measure == "loss" else "output norm"
+        yield from damped(f"{what} along the journey", examples, queries, found)
+
+
+SUMS = (
+    # name, parts, what is tuned
+    ("EK-FAC averaged + D-TRAK, K and V",
+     ("influence, EK-FAC averaged, damping {}", "D-TRAK, K and V, ridge 1")),
+    ("EK-FAC averaged + output norm, EK-FAC",
+     ("influence, EK-FAC averaged, damping {}", "output norm, EK-FAC, damping 1")),
+    ("Gauss-Newton: loss + output norm",
+     ("influence, EK-FAC Gauss-Newton, damping {}",
+      "output norm, EK-FAC Gauss-Newton, damping {}")),
+)  # fmt: skip
 
 
 def combined(work: Path) -> Scored:
-    """Sums of standardised scores: what the query's loss says, and what its output says."""
-    for damping in (0.1, 1.0):
-        loss = np.load(work / "scores" / f"influence, EK-FAC averaged, damping {damping:g}.npy")
-        for other in ("D-TRAK, K and V, ridge 1", "output norm, EK-FAC, damping 1"):
-            output = np.load(work / "scores" / f"{other}.npy")
-            parts = [s / s.std(1, keepdims=True) for s in (loss, output)]
-            name = other.rsplit(",", 1)[0]
-            yield f"EK-FAC averaged + {name}, damping {damping:g}", sum(parts).T
+    """Sums of scores: what the query's loss says, and what its output says."""
+    for (name, parts), damping in itertools.product(SUMS, (0.01, 0.1, 1)):
+        loaded = [np.load(work / "scores" / f"{p.format(damping)}.npy").T for p in parts]
+        yield f"{name}, damping {damping:g}", combined_values(loaded)
+        yield f"{name}, ranks, damping {damping:g}", combined_values(loaded, "ranks")
 
 
 def similarities(benchmark: Benchmark) -> Scored:
@@ -165,27 +159,27 @@ def similarities(benchmark: Benchmark) -> Scored:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument(
-        "--methods",
-        nargs="*",
-        default=["similarity", "influence", "trak", "d-trak", "output", "combined"],
-    )
+    parser.add_argument("--methods", nargs="*", help="some of the families below")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    benchmark = load_benchmark(arguments.work / "encoded", "all")
-    out = arguments.work / "scores"
+    work = arguments.work
+    benchmark = load_benchmark(work / "encoded", "all")
+    out = work / "scores"
     out.mkdir(exist_ok=True)
     started = time.monotonic()
-    work = arguments.work
     families = {
         "similarity": lambda: similarities(benchmark),
         "influence": lambda: influence(benchmark, work),
+        "gauss-newton": lambda: gauss_newtons(benchmark, work),
+        "renormalised": lambda: renormalised(benchmark, work),
         "trak": lambda: kernels(benchmark, work, "loss"),
-        "output": lambda: outputs(benchmark, work),
-        "combined": lambda: combined(work),
         "d-trak": lambda: kernels(benchmark, work, "output_norm"),
+        "output": lambda: outputs(benchmark, work),
+        "journey": lambda: along_journeys(benchmark, work),
+        "combined": lambda: combined(work),
     }
-    for method, scores in itertools.chain.from_iterable(families[m]() for m in arguments.methods):
+    chosen = [families[m]() for m in arguments.methods or families]
+    for method, scores in itertools.chain.from_iterable(chosen):
         np.save(out / f"{method}.npy", scores.T)
         print(f"{time.monotonic() - started:6.0f} s  {method}", flush=True)
 

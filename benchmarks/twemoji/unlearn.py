@@ -1,12 +1,14 @@
 """Scores the judged queries of the twemoji benchmark by real unlearning: python
 benchmarks/twemoji/unlearn.py WORK
 
-For each curvature and step: every training example's loss is evaluated again. Resumes.
+For each curvature and step: every training example's loss is evaluated again. Resumes. Needs the
+curvatures that score.py leaves in WORK.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,51 +18,87 @@ from tqdm.auto import tqdm
 from unsee.curvature.diagonal import DiagonalFisher
 from unsee.curvature.kfac import EKFAC
 from unsee.draws import Draws
-from unsee.evaluation.twemoji import load_benchmark
-from unsee.methods.unlearning import AbU
+from unsee.evaluation.twemoji import Benchmark, load_benchmark
+from unsee.methods.unlearning import AbU, Change
+from unsee.query import Query
 
 SETTINGS = (
-    # name, curvature, damping, rise
-    ("AbU, published Fisher", "diagonal per draw", 0.0, (0.05, 0.25, 1.0)),
-    ("AbU, damped Fisher", "diagonal per draw", 0.1, (0.01, 0.05, 0.25, 1.0)),
-    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, (0.05, 0.25, 1.0)),
+    # name, curvature, damping, rise; in the order in which they are wanted
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.05),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.05),
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.25),
+    ("AbU, published Fisher", "diagonal per draw", 0.0, 0.05),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.25),
+    ("AbU, identity", "identity", 0.0, 0.05),
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 1.0),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 1.0),
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.01),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.01),
 )
+CHANGES: tuple[Change, ...] = ("difference", "ratio", "timestep")
+"""Ways of comparing the losses, which one pass over the examples serves."""
+
+
+def curvature_of(benchmark: Benchmark, work: Path, kind: str) -> DiagonalFisher | EKFAC:
+    """Loads a curvature, or makes the one that is the same everywhere."""
+    if kind == "identity":
+        ones = {n: torch.ones_like(p).double() for n, p in benchmark.model.parameters.items()}
+        return DiagonalFisher(ones, 0)
+    known = DiagonalFisher if kind.startswith("diagonal") else EKFAC
+    return known.load(work / "curvature" / f"{kind}.safetensors")
+
+
+def wanted(benchmark: Benchmark, count: int, tuning: bool) -> list[Query]:
+    """Returns queries of both kinds in turn, so that a part of them is balanced."""
+    rows = np.flatnonzero(benchmark.tuning == tuning)
+    half = len(rows) // 2
+    order = [r for pair in zip(rows[:half], rows[half:], strict=True) for r in pair]
+    return [benchmark.queries[r] for r in order[:count]]
+
+
+def attribute(method: AbU, query: Query, folders: dict[Change, Path]) -> None:
+    """Writes the scores of each comparison that is not there yet."""
+    missing = {c: f for c, f in folders.items() if not (f / f"{query.id}.parquet").is_file()}
+    if not missing:
+        return
+    try:
+        unlearned = method.unlearn(query)
+        for change, folder in missing.items():
+            scores = dataclasses.replace(method, change=change).attribute(
+                query, unlearned=unlearned
+            )
+            scores.save(folder / f"{query.id}.parquet")
+    except ValueError as error:  # a step that cannot be taken is a result too
+        print(f"{next(iter(folders.values())).name}: {error}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--queries", type=int, default=20, help="judged queries at most")
+    parser.add_argument("--queries", type=int, default=20, help="at most")
     parser.add_argument("--rises", type=float, nargs="*", help="only these of the settings' rises")
+    parser.add_argument("--tuning", action="store_true", help="the queries to tune on instead")
     arguments = parser.parse_args()
     work = arguments.work
     torch.set_num_threads(1)
     benchmark = load_benchmark(work / "encoded")
-    judged = np.flatnonzero(~benchmark.tuning)
-    # From both kinds in turn, so that a part of them is balanced.
-    half = len(judged) // 2
-    judged = [q for pair in zip(judged[:half], judged[half:], strict=True) for q in pair]
-    bar = tqdm(total=sum(len(s[3]) for s in SETTINGS) * min(len(judged), arguments.queries))
-    for q in judged[: arguments.queries]:
-        for name, kind, damping, rises in SETTINGS:
-            curvature = (DiagonalFisher if kind.startswith("diagonal") else EKFAC).load(
-                work / "curvature" / f"{kind}.safetensors"
-            )
-            for rise in rises if not arguments.rises else set(rises) & set(arguments.rises):
-                query = benchmark.queries[q]
-                path = work / "unlearned" / f"{name}, rise {rise:g}" / f"{query.id}.parquet"
-                if not path.is_file():
-                    method = AbU(
-                        benchmark.model, benchmark.data, curvature, rise=rise, damping=damping,
-                        draws=Draws(seed=0, n=arguments.draws), query_draws=Draws(seed=1, n=128),
-                        cache=work / "losses",
-                    )  # fmt: skip
-                    try:
-                        method.attribute(query).save(path)
-                    except ValueError as error:  # a step that cannot be taken is a result too
-                        print(f"{name}, rise {rise:g}: {error}")
-                bar.update()
+    queries = wanted(benchmark, arguments.queries, arguments.tuning)
+    settings = [s for s in SETTINGS if not arguments.rises or s[3] in arguments.rises]
+    bar = tqdm(total=len(settings) * len(queries))
+    for name, kind, damping, rise in settings:
+        method = AbU(
+            benchmark.model, benchmark.data, curvature_of(benchmark, work, kind),
+            rise=rise, damping=damping, draws=Draws(seed=0, n=arguments.draws),
+            query_draws=Draws(seed=1, n=128), cache=work / "losses",
+        )  # fmt: skip
+        folders = {
+            c: work / "unlearned" / f"{name}{'' if c == 'difference' else f', {c}'}, rise {rise:g}"
+            for c in CHANGES
+        }
+        for query in queries:
+            attribute(method, query, folders)
+            bar.update()
 
 
 if __name__ == "__main__":
