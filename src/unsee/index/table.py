@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def write_table(path: Path, manifest: Manifest, data: Indexed | None = None) -> 
     file = path / "examples.parquet"
     known: dict[str, dict[str, Any]] = {}
     if file.is_file():
-        known = {row["id"]: row for row in _read(file).to_pylist()}
+        known = {row["id"]: row for row in _read(file)[0].to_pylist()}
     if isinstance(data, ImageDataset):
         at = {identifier: position for position, identifier in enumerate(data.ids)}
         for row in rows:
@@ -35,7 +37,8 @@ def write_table(path: Path, manifest: Manifest, data: Indexed | None = None) -> 
     merged = [{**known.get(row["id"], {}), **row} for row in rows]
     names = dict.fromkeys(["id", "captions", "shard", *(n for row in merged for n in row)])
     table = pa.table({name: [row.get(name) for row in merged] for name in names})
-    table = table.replace_schema_metadata({"parts": str(len(manifest.parts))})
+    about = {"parts": len(manifest.parts), "crc32": _checksum([row["id"] for row in merged])}
+    table = table.replace_schema_metadata({"unsee": json.dumps(about)})
     write_atomically(file, lambda p: pq.write_table(table, p, write_page_checksum=True))
 
 
@@ -48,19 +51,29 @@ def read_ids(path: Path, manifest: Manifest) -> list[str] | None:
     file = path / "examples.parquet"
     if not file.is_file():
         return None
-    table = _read(file, ["id"])
-    if (table.schema.metadata or {}).get(b"parts") != str(len(manifest.parts)).encode():
+    table, about = _read(file, ["id"])
+    ids = table["id"].to_pylist()
+    if about["crc32"] != _checksum(ids):
+        raise _damaged(file, f"its checksum is {_checksum(ids)}, not {about['crc32']}")
+    if about["parts"] != len(manifest.parts):
         return None
     # A deletion that was killed may have left rows behind.
     gone = set(manifest.deleted)
-    return [i for i in table["id"].to_pylist() if i not in gone]
+    return [i for i in ids if i not in gone]
 
 
-def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
+def _checksum(ids: list[str]) -> int:
+    return zlib.crc32(json.dumps(ids).encode())
+
+
+def _read(file: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, int]]:
     try:
-        return pq.read_table(file, columns=columns, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(
-            f"{file} is damaged ({str(error).splitlines()[0]}): delete it and run the same "
-            "`unsee index` again"
-        ) from None
+        table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+        about = json.loads((table.schema.metadata or {})[b"unsee"])
+        return table, {name: about[name] for name in ("parts", "crc32")}
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        raise _damaged(file, repr(error).splitlines()[0]) from None
+
+
+def _damaged(file: Path, why: str) -> ValueError:
+    return ValueError(f"{file} is damaged ({why}): delete it and run the same `unsee index` again")
