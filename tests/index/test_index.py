@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import unsee.index.index as module
+from tests.methods.conftest import examples
+from unsee.curvature.kfac import EKFAC
+from unsee.data.dataset import load_dataset
+from unsee.draws import Draws
+from unsee.index.index import Index, describe_index
+from unsee.index.layout import read_manifest, shard_path
+from unsee.methods.base import Scores
+from unsee.methods.indexed import AbU
+from unsee.query import Query
+
+from .conftest import build_index, contents
+from .test_build import Stopped, assert_same, columns, stop_after
+
+IDS = [f"picture-{i}" for i in range(10)]
+
+
+@pytest.fixture
+def index(built: Index, model, tmp_path: Path) -> Index:
+    """A copy of the index of ten examples, to be changed."""
+    shutil.copytree(built.path, tmp_path / "index")
+    return Index.open(tmp_path / "index", model)
+
+
+@pytest.fixture
+def query(data) -> Query:
+    return Query("query", data.latents([4])[0] * 0.9, data.text([4], 0)[0], "p", None)  # type: ignore[arg-type]
+
+
+def scores(index: Index, query: Query, curvature: str = "identity") -> Scores:
+    options = {"columns": ["factors"], "query_draws": Draws(seed=1, n=4), "tolerance": 0.0}
+    return AbU(index, curvature=curvature, **options).attribute(query)  # type: ignore[arg-type]
+
+
+def assert_same_scores(some: Scores, other: Scores, tolerance: float = 1e-4) -> None:
+    """Of the examples of `some`, relative to the largest; float32 rounding unless said."""
+    at = dict(zip(other.ids, other.values, strict=True))
+    error = np.abs(some.values - [at[i] for i in some.ids]).max()
+    assert error <= tolerance * np.abs(other.values).max()
+
+
+# -- adding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [4, 6])
+def test_an_appended_index_answers_as_one_of_all(built, model, data, query, tmp_path, first):
+    begun = build_index(tmp_path, model, data.select(IDS[:first]), storage="float32")
+    begun.curvature("ekfac")  # of some of the examples: not to be used any more
+    grown = begun.append(data.select(IDS[first:]))
+    assert grown.ids == built.ids
+    assert_same(grown, built)
+    for curvature in ("identity", "ekfac", "diagonal_per_draw"):
+        assert_same_scores(scores(grown, query, curvature), scores(built, query, curvature))
+    opened = Index.open(tmp_path, model)
+    assert opened.ids == built.ids and opened.manifest == grown.manifest
+
+
+def test_the_same_examples_cannot_be_added_twice(index: Index, data) -> None:
+    more = examples(14).select(["picture-12", "picture-13"])
+    grown = index.append(more)
+    before = contents(index.path)
+    for again in (index, grown):
+        with pytest.raises(ValueError, match="example 'picture-12' is there already, or was del"):
+            again.append(more)
+        with pytest.raises(
+            ValueError, match="example 'picture-7' is there already, or was deleted"
+        ):
+            again.append(data.select(["picture-7"]))
+    assert contents(index.path) == before
+
+
+@pytest.mark.parametrize("files", [0, 3, 4, None])
+def test_a_stopped_addition_goes_on(index, model, query, monkeypatch, files) -> None:
+    """At some file of the columns, or, with None, before the table is written."""
+    more = examples(16).select([f"picture-{i}" for i in range(10, 16)])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if files is None:
+            patch.setattr(module, "write_table", lambda *_: (_ for _ in ()).throw(Stopped()))
+        else:
+            stop_after(files, patch, Stopped())
+        index.append(more)
+    # The index of before still answers, a new one is not opened.
+    assert scores(index, query).ids == IDS
+    with pytest.raises(ValueError, match="run the same `unsee index` again to finish it"):
+        Index.open(index.path, model)
+    other = examples(20).select(["picture-17"])
+    for refused in (lambda: index.append(other), lambda: index.delete(["picture-1"])):
+        before = contents(index.path)
+        with pytest.raises(ValueError, match=r"is not finished, finish it|to finish it"):
+            refused()
+        assert contents(index.path) == before
+    grown = index.append(more)
+    assert grown.ids == [*IDS, *more.ids]
+    assert scores(Index.open(index.path, model), query).ids == grown.ids
+    assert index.append(other).ids == [*grown.ids, "picture-17"]
+
+
+def test_the_first_data_set_can_be_built_again_after_an_addition(index, model, data) -> None:
+    grown = index.append(examples(12).select(["picture-11"]))
+    before = contents(index.path)
+    again = build_index(index.path, model, data, storage="float32")
+    assert again.ids == grown.ids and contents(index.path) == before
+
+
+# -- erasing -----------------------------------------------------------------------------------
+
+
+def traces(index: Index, data, row: int) -> list[str]:
+    """Returns the files that hold an example's id, latents, texts, losses or factors."""
+    path, identifier = index.path, data.ids[row]
+    mine = data.latents([row]), data.latents([row], flipped=True), data.text([row], 0)
+    needles = [t.numpy().tobytes() for t in mine] + [f'\\"{identifier}\\"'.encode()]
+    found = [
+        name for name, text in contents(path).items() if any(needle in text for needle in needles)
+    ]
+    table = pq.read_table(path / "examples.parquet")
+    if any(identifier in map(str, c.to_pylist()) for c in table.columns):
+        found.append("examples.parquet")
+    return sorted(found)
+
+
+@pytest.mark.parametrize("gone", [["picture-5"], ["picture-9", "picture-0"], IDS[4:8]], ids=str)
+def test_deleted_rows_leave_every_file(model, data, query, tmp_path, gone: list[str]) -> None:
+    index = build_index(tmp_path, model, data, flips=True, storage="float32")
+    rows = [IDS.index(i) for i in gone]
+    assert all(len(traces(index, data, row)) == 2 for row in rows)  # a shard and the table
+    own = [columns(index)[i][c].numpy().tobytes() for i in gone for c in ("loss", "factors")]
+    before, old_curvature = scores(index, query), index.curvature("ekfac")
+    left = tmp_path / "columns" / "examples" / ".00000.safetensors.77.part"
+    left.write_bytes(data.latents(rows).numpy().tobytes())  # of a writer that was killed
+    smaller = index.delete(gone)
+    assert [traces(smaller, data, row) for row in rows] == [[]] * len(rows)
+    files = contents(tmp_path)
+    assert not any(number in text for number in own for text in files.values())
+    assert not list(tmp_path.glob("curvature/*")) and not left.exists()
+    assert smaller.ids == [i for i in IDS if i not in gone]
+    assert sorted(smaller.manifest.deleted) == sorted(gone)
+    assert read_manifest(tmp_path) == smaller.manifest
+    assert_same_scores(scores(smaller, query), before)
+    assert smaller.curvature("ekfac").count == 10 - len(gone) == old_curvature.count - len(gone)
+    # As if they had never been there.
+    fresh = build_index(tmp_path / "fresh", model, data.select(smaller.ids), flips=True,
+                        storage="float32")  # fmt: skip
+    assert_same(smaller, fresh)
+    assert_same_scores(scores(smaller, query, "ekfac"), scores(fresh, query, "ekfac"))
+
+
+def test_deleted_rows_do_not_come_back(index: Index, model, data) -> None:
+    smaller = index.delete(["picture-5", "picture-6"]).delete(["picture-4"])
+    before = contents(index.path)
+    again = build_index(index.path, model, data, storage="float32")
+    assert again.ids == smaller.ids and contents(index.path) == before
+    with pytest.raises(ValueError, match="example 'picture-5' is there already, or was deleted"):
+        smaller.append(data.select(["picture-5"]))
+    # A lost shard is computed again without them.
+    shard = next(s for s in smaller.shards() if s.edition == 2)
+    for column in smaller.columns:
+        shard_path(index.path, column, shard).unlink()
+    assert build_index(index.path, model, data, storage="float32").ids == smaller.ids
+    assert contents(index.path).keys() == before.keys()
+    assert traces(smaller, data, 5) == []
+    assert_same(Index.open(index.path, model), index.append(examples(11).select(["picture-10"])),
+                smaller.ids)  # fmt: skip
+
+
+def test_an_unknown_example_cannot_be_deleted(index: Index) -> None:
+    before = contents(index.path)
+    with pytest.raises(ValueError, match="there is no example 'nobody'"):
+        index.delete(["picture-1", "nobody"])
+    assert contents(index.path) == before
+
+
+@pytest.mark.parametrize(
+    "moment", [0, 1, 3, 4, 7, "write_manifest", "remove_others", "write_table"], ids=str
+)
+def test_a_stopped_deletion_leaves_a_valid_index(index, model, data, query, monkeypatch, moment):
+    """At some file of the two shards that change, or before one of the steps after."""
+    gone = ["picture-1", "picture-6"]
+    index.curvature("ekfac")
+    before = scores(index, query)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if isinstance(moment, int):
+            stop_after(moment, patch, Stopped())
+        else:
+            patch.setattr(module, moment, lambda *_: (_ for _ in ()).throw(Stopped()))
+        index.delete(gone)
+    opened = Index.open(index.path, model)
+    done = moment in ("remove_others", "write_table")
+    assert opened.ids == [i for i in IDS if not (done and i in gone)]
+    assert_same_scores(scores(opened, query), before)
+    assert opened.curvature("ekfac").count == len(opened.ids)
+    assert [about for about in columns(opened)] == opened.ids
+    finished = index.delete(gone)  # said again, to the object of before
+    assert finished.ids == [i for i in IDS if i not in gone]
+    assert traces(finished, data, 1) == traces(finished, data, 6) == []
+    assert_same_scores(scores(Index.open(index.path, model), query), before)
+    kept = {shard_path(index.path, c, s) for c in finished.columns for s in finished.shards()}
+    assert set(index.path.glob("columns/*/*")) == kept
+
+
+def test_everything_can_be_deleted(index: Index, query: Query) -> None:
+    empty = index.delete(IDS)
+    assert empty.ids == [] and columns(empty) == {}
+    with pytest.raises(ValueError, match="there is no example to fit curvature on"):
+        scores(empty, query, "ekfac")
+    assert empty.append(examples(12).select(["picture-11"])).ids == ["picture-11"]
+
+
+def test_changes_start_from_what_is_on_disk(index: Index) -> None:
+    """An object that others have overtaken does not undo what they did."""
+    index.append(examples(12).select(["picture-11"]))
+    assert index.ids == IDS
+    smaller = index.delete(["picture-2"])
+    assert smaller.ids == [*IDS[:2], *IDS[3:], "picture-11"]
+    assert index.delete(["picture-11"]).ids == [*IDS[:2], *IDS[3:]]
+
+
+# -- what it says of itself --------------------------------------------------------------------
+
+
+def test_curvature_is_fitted_once(index: Index, monkeypatch) -> None:
+    first = index.curvature("ekfac")
+    assert isinstance(first, EKFAC)
+    monkeypatch.setattr(module, "fit_curvature", lambda *_: pytest.fail("fitted again"))
+    again = index.curvature("ekfac")
+    assert all(bool((again.values[n] == v).all()) for n, v in first.values.items())
+    with pytest.raises(pytest.fail.Exception):
+        index.curvature("ekfac", "outputs")
+
+
+def test_an_index_describes_itself(index: Index, tmp_path: Path) -> None:
+    smaller = index.delete(["picture-3"])
+    lines = "\n".join(describe_index(index.path))
+    assert "9 examples, 1 deleted" in lines
+    assert "2 layers, 4 draws, 1 views, stored as float32" in lines
+    for column, size in smaller.nbytes.items():
+        files = (index.path / "columns" / column).iterdir()
+        assert size == sum(f.stat().st_size for f in files)
+        assert f"{column}: 3 of 3 shards" in lines
+    with pytest.raises(ValueError, match=r"no manifest\.json there"):
+        describe_index(tmp_path / "nowhere")
+
+
+def test_metadata_of_pictures_follow_their_rows(tiny_model, image_folder, tmp_path: Path) -> None:
+    pictures = load_dataset("imagefolder", data_dir=image_folder)
+    options = {"draws": Draws(n=2), "columns": ["loss"], "shard_size": 4}
+    first = build_index(tmp_path / "ix", tiny_model, pictures.select(pictures.ids[:7]), **options)
+    grown = first.append(pictures.select(pictures.ids[7:])).delete(pictures.ids[2:9])
+    rows = pq.read_table(grown.path / "examples.parquet").to_pylist()
+    kept = [*range(2), *range(9, 12)]
+    assert [r["id"] for r in rows] == grown.ids == [pictures.ids[k] for k in kept]
+    assert [r["captions"] for r in rows] == [list(pictures.captions[k]) for k in kept]
+    assert [r["colour"] for r in rows] == [pictures.metadata(k)["colour"] for k in kept]
