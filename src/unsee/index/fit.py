@@ -83,8 +83,8 @@ class Sample:
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """Yields text [r, T, width], factors [r, T, channels], and captions of each example.
 
-        Both are float32, of one shard after another. Factors are means over all draws;
-        mirrored views are left out.
+        Both are float32, of one shard after another. Factors are those of an example's mean loss
+        over draws and captions; mirrored views are left out.
         """
         for shard in self.shards:
             examples = self._index.examples(shard)
@@ -96,6 +96,8 @@ class Sample:
             factors = dequantise(
                 type(stored)(stored.values[0], stored.scales[0]), self.layers
             ).mean(1)
+            counts = torch.tensor(examples.caption_counts)
+            factors = factors / counts.repeat_interleave(counts)[:, None, None]
             yield text, factors, examples.caption_counts
 
     def inputs(self, text: Tensor, layer: Layer) -> Tensor:
@@ -136,7 +138,7 @@ def _covariances(sample: Sample) -> KroneckerCovariances:
 
 
 def _second_moments(sample: Sample, basis: KFAC | None) -> Gradients:
-    """Averages squared gradients of examples (mean over captions), in a basis if there is one.
+    """Averages squared gradients of examples, in a basis if there is one.
 
     The factors are rotated, not the gradients: it is the tokens against the width of the text.
     """
@@ -144,7 +146,6 @@ def _second_moments(sample: Sample, basis: KFAC | None) -> Gradients:
               for la in sample.layers}  # fmt: skip
     for text, factors, captions in sample.chunks():
         owner = torch.arange(len(captions)).repeat_interleave(torch.tensor(captions))
-        share = 1 / torch.tensor(captions, dtype=torch.float32)[owner]
         rotated: dict[int, Tensor] = {}
         for layer, part in zip(sample.layers, _split(factors, sample.layers), strict=True):
             seen = sample.inputs(text, layer)
@@ -155,7 +156,6 @@ def _second_moments(sample: Sample, basis: KFAC | None) -> Gradients:
                     rotated[id(vectors)] = seen @ vectors.float()
                 seen = rotated[id(vectors)]
                 part = part @ basis.output_vectors[layer.name].float()
-            part = part * share[:, None, None]
             chunk = at_once(layer.channels * layer.width)
             for first in range(0, len(captions), chunk):
                 wanted = (owner >= first) & (owner < first + chunk)
