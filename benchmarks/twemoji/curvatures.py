@@ -40,22 +40,31 @@ def curvatures(
         work: where curvatures are kept.
         gradients: of all examples, averaged over draws, K and V only.
     """
-    kv = gradients.names
-    narrow = UNetDenoiser(benchmark.model.network, benchmark.model.pipeline.scheduler, kv)
+    narrow = _narrow(benchmark, gradients)
     members = torch.from_numpy(np.flatnonzero(benchmark.members))
     found: dict[str, Fitted | None] = {"identity": None}
     found["diagonal per draw"] = fit_diagonal_fisher(narrow, benchmark.data, Draws(seed=21, n=2))
     found["diagonal averaged"] = _diagonal(gradients, members)
-    for kind in ("per_draw", "averaged"):
-        covariances = _covariances(benchmark, narrow, kind)
-        found[f"K-FAC {kind}"] = KFAC.fit(covariances)
-        if kind == "averaged":
-            rows = ({n: gradients.of(n)[members]} for n in kv)
-        else:
-            rows = _per_draw(benchmark, narrow)
-        found[f"EK-FAC {kind}"] = EKFAC.fit(covariances, rows)
+    covariances = _covariances(benchmark, narrow, "per_draw")
+    found["K-FAC per_draw"] = KFAC.fit(covariances)
+    found["EK-FAC per_draw"] = EKFAC.fit(covariances, _per_draw(benchmark, narrow))
+    found["K-FAC averaged"], found["EK-FAC averaged"] = averaged(benchmark, gradients)
     _keep(found, work)
     return found
+
+
+def averaged(benchmark: Benchmark, gradients: GradientMatrix) -> tuple[KFAC, EKFAC]:
+    """Fits K-FAC and EK-FAC from averaged gradients; see `curvatures`."""
+    rows = torch.from_numpy(np.flatnonzero(benchmark.members))
+    covariances = _covariances(benchmark, _narrow(benchmark, gradients), "averaged")
+    parts = ({n: gradients.of(n)[rows]} for n in gradients.names)
+    return KFAC.fit(covariances), EKFAC.fit(covariances, parts)
+
+
+def _narrow(benchmark: Benchmark, gradients: GradientMatrix) -> UNetDenoiser:
+    """Returns the model with the parameters selected that the gradients are of."""
+    model = benchmark.model
+    return UNetDenoiser(model.network, model.schedule, gradients.names)
 
 
 def gauss_newton(benchmark: Benchmark, work: Path, sampled: GradientMatrix) -> dict[str, Fitted]:
@@ -66,11 +75,9 @@ def gauss_newton(benchmark: Benchmark, work: Path, sampled: GradientMatrix) -> d
         work: where curvatures are kept.
         sampled: gradients of random functionals of the output, of all examples, K and V only.
     """
-    kv = sampled.names
-    narrow = UNetDenoiser(benchmark.model.network, benchmark.model.pipeline.scheduler, kv)
     members = torch.from_numpy(np.flatnonzero(benchmark.members))
-    covariances = _covariances(benchmark, narrow, "per_draw", functionals=True)
-    rows = ({n: sampled.of(n)[members]} for n in kv)
+    covariances = _covariances(benchmark, _narrow(benchmark, sampled), "per_draw", functionals=True)
+    rows = ({n: sampled.of(n)[members]} for n in sampled.names)
     found: dict[str, Fitted] = {
         "diagonal Gauss-Newton": _diagonal(sampled, members),
         "K-FAC Gauss-Newton": KFAC.fit(covariances),

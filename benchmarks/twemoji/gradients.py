@@ -6,9 +6,12 @@ What all first-order methods of score.py are made of; kept in WORK, about 10 GB 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from measure import network
 
 from unsee.draws import Draws
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
@@ -24,26 +27,37 @@ from unsee.methods.journey import journey_gradients
 from unsee.models.unet import UNetDenoiser
 
 EXAMPLE_DRAWS = Draws(seed=0, n=32)
-SECOND_DRAWS = Draws(seed=10, n=32)
-"""Another, independent set: curvature is fitted on it, so that no luck is shared with scores."""
 QUERY_DRAWS = Draws(seed=1, n=256)
+SEED_DRAWS = Draws(seed=0, n=16), Draws(seed=1, n=64)
+"""Of examples and queries under the model of another seed."""
 
 
 def matrices(
-    benchmark: Benchmark, work: Path, measure: Measure = "loss", draws: Draws = EXAMPLE_DRAWS
+    benchmark: Benchmark,
+    work: Path,
+    measure: Measure = "loss",
+    draws: tuple[Draws, Draws] = (EXAMPLE_DRAWS, QUERY_DRAWS),
 ) -> tuple[GradientMatrix, GradientMatrix | None]:
     """Returns the gradients of the examples and of the queries; the queries' only for the
     measures that are taken of a query."""
     cache = work / "gradients"
     examples = example_gradients(
-        benchmark.model, benchmark.data, draws, measure=measure, cache=cache
+        benchmark.model, benchmark.data, draws[0], measure=measure, cache=cache
     )
-    if measure == "gauss_newton" or draws != EXAMPLE_DRAWS:
+    if measure == "gauss_newton":
         return examples, None
     queries = example_gradients(
-        benchmark.model, QueryExamples(benchmark.queries), QUERY_DRAWS, measure=measure, cache=cache
+        benchmark.model, QueryExamples(benchmark.queries), draws[1], measure=measure, cache=cache
     )
     return examples, queries
+
+
+def second_seed(benchmark: Benchmark, work: Path) -> Benchmark:
+    """Returns the benchmark with the model of the second seed, keys and values selected."""
+    unet = network(work / "full-1" / "unet.safetensors")
+    pipeline = benchmark.model.pipeline
+    model = UNetDenoiser(cast(Any, unet), pipeline.scheduler, "cross-attn-kv")
+    return dataclasses.replace(benchmark, model=model)
 
 
 def journeys(
@@ -67,11 +81,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--measures", nargs="*", default=["loss", "output_norm", "gauss_newton"])
+    parser.add_argument("--second-seed", action="store_true", help="of the model full-1 instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     benchmark = load_benchmark(arguments.work / "encoded", "all")
     for measure in arguments.measures:
-        matrices(benchmark, arguments.work, measure)
+        if arguments.second_seed:
+            matrices(second_seed(benchmark, arguments.work), arguments.work, measure, SEED_DRAWS)
+        else:
+            matrices(benchmark, arguments.work, measure)
 
 
 if __name__ == "__main__":
