@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import __version__
 from .cli_arguments import DATA_HELP, MODEL_HELP, open_data, positive, quiet_loading
 
 if TYPE_CHECKING:
@@ -21,9 +23,27 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     kinds = evaluate.add_subparsers(required=True, metavar="WHAT")
 
     command = kinds.add_parser("lds", help="do scores predict the losses of retrained models?")
-    command.add_argument("scores", metavar="SCORES", nargs=1, type=Path,
-                         help="folder of QUERY.parquet")  # fmt: skip
+    command.add_argument("scores", metavar="SCORES", nargs="?", type=Path,
+                         help="folder of QUERY.parquet; or give --method")  # fmt: skip
     _add_outcomes(command)
+    method = command.add_argument_group("instead of SCORES, with --benchmark")
+    method.add_argument("--method", metavar="NAME",
+                        help="score the benchmark's queries: latent, pixel, text, random, abu, "
+                        "diagonal, kfac, ekfac, ekfac-output, trak, d-trak")  # fmt: skip
+    method.add_argument(
+        "--damping",
+        type=float,
+        metavar="X",
+        help="of the curvature, or ridge of the kernel (default: the method's)",
+    )
+    method.add_argument("--draws", type=positive, default=32, help="per training image")
+    method.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="gradients and scores (default: in the user's cache folder)",
+    )
+    command.set_defaults(run=_lds)
 
     command = kinds.add_parser("compare", help="which of two methods predicts them better?")
     command.add_argument("scores", metavar="SCORES", nargs=2, type=Path,
@@ -45,6 +65,32 @@ def _add_outcomes(command: argparse.ArgumentParser) -> None:
                          "subsets) to judge them")  # fmt: skip
     command.add_argument("--level", type=float, default=0.95, help="of the intervals")
     command.set_defaults(run=_evaluate)
+
+
+def _lds(args: argparse.Namespace) -> None:
+    if (args.scores is None) == (args.method is None):
+        raise ValueError("lds: give either a folder of scores or --method")
+    if args.method is not None:
+        if args.benchmark is None or args.data != args.benchmark:
+            raise ValueError("lds: --method scores the queries of --benchmark twemoji")
+        args.scores = _scored(args)
+    args.scores = [args.scores]
+    _evaluate(args)
+
+
+def _scored(args: argparse.Namespace) -> Path:
+    """Returns the folder of the scores of a method of ours."""
+    from .evaluation.scoring import check_method, score_files
+    from .evaluation.twemoji import load_benchmark
+
+    check_method(args.method, args.damping)
+    work = args.work
+    if work is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        work = cache / "unsee" / f"benchmark-{__version__}"
+    quiet_loading()
+    benchmark = load_benchmark(work / "encoded")
+    return score_files(benchmark, args.method, work, damping=args.damping, draws=args.draws)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

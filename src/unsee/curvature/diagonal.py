@@ -76,7 +76,7 @@ class DiagonalFisher:
             )
         return cls(values, count, settings or {})
 
-    def precondition(self, gradients: Gradients, damping: float = 0.1) -> Gradients:
+    def precondition(self, gradients: Mapping[str, Tensor], damping: float = 0.1) -> Gradients:
         """Divides gradients by the damped Fisher.
 
         Args:

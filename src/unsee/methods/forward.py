@@ -87,7 +87,8 @@ def load_array(path: Path, shape: tuple[int, ...], mapped: bool = False) -> np.n
         ValueError: it is damaged, or of another shape.
     """
     try:
-        part = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        # "c", copy on write: torch warns of arrays that it cannot write to.
+        part = np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
     if part.shape != shape:
