@@ -90,9 +90,9 @@ def moments_of(curvature: object | None) -> dict[str, Moments] | None:
     outputs, inputs = (getattr(curvature, f"{side}_vectors", None) for side in ("output", "input"))
     found = {}
     for name, v in values.items():
-        # What hardly ever occurs must not be divided by its rounding.
+        # What hardly ever occurs must not be divided by its rounding, nor anything by nothing.
         roots = [v.mean(1 - side).sqrt() for side in (0, 1)]
-        roots = [r.clamp_min(1e-4 * float(r.max())).float() for r in roots]
+        roots = [r.clamp_min(1e-4 * (float(r.max()) or 1.0)).float() for r in roots]
         bases = None
         if outputs is not None and inputs is not None:
             bases = outputs[name].float(), inputs[name].float()

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from unsee.curvature.diagonal import DiagonalFisher
+from unsee.index import scan as module
+from unsee.index.directions import Moments, directions, moments_of
+from unsee.index.factors import Layer, Quantised, Storage, dequantise, quantise
+from unsee.index.scan import scan
+
+T, WIDTH, RANK = 5, 12, 3
+LAYERS = [
+    Layer("a", 8, WIDTH, None, True), Layer("b", 6, WIDTH, None, False),
+    Layer("c", 7, RANK, "below", False),
+]  # fmt: skip
+WEIGHTS = {"below": torch.randn(RANK, WIDTH, generator=torch.Generator().manual_seed(9))}
+CHANNELS = sum(layer.channels for layer in LAYERS)
+VIEWS, ROWS = 2, 9
+
+Query = dict[str, Tensor]
+
+
+def stored(storage: Storage = "int8") -> tuple[Quantised, Tensor]:
+    """Returns factors [views, R, 2, T, channels] and text [R, T, width]."""
+    generator = torch.Generator().manual_seed(1)
+    factors = torch.randn(VIEWS, ROWS, 2, T, CHANNELS, generator=generator)
+    factors *= 10 ** torch.linspace(-2, 2, ROWS)[:, None, None, None]
+    return quantise(factors, LAYERS, storage), torch.randn(ROWS, T, WIDTH, generator=generator)
+
+
+def queries(count: int) -> list[Query]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        {la.name: torch.randn(2, la.channels, la.width, generator=generator) for la in LAYERS}
+        for _ in range(count)
+    ]
+
+
+def flat_moments() -> dict[str, Moments]:
+    """All channels and inputs alike, in a turned basis."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for la in LAYERS:
+        turned = [torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+                  for n in (la.channels, la.width)]  # fmt: skip
+        found[la.name] = Moments(torch.ones(la.channels), torch.ones(la.width), tuple(turned))
+    return found
+
+
+def explicit(factors: Quantised, text: Tensor, asked: list[Query]) -> Tensor:
+    """Forms every gradient, and multiplies it with every direction, in float64."""
+    dense = dequantise(factors, LAYERS).double()
+    parts = dense.split([la.channels for la in LAYERS], dim=-1)
+    found = torch.zeros(VIEWS, ROWS, 2, 2 * len(asked), dtype=torch.float64)
+    for layer, m in zip(LAYERS, parts, strict=True):
+        seen = text.double() if layer.reads is None else text.double() @ WEIGHTS["below"].double().T
+        for view in range(VIEWS):
+            for row in range(ROWS):
+                for half in (0, 1):
+                    gradient = m[view, row, half].T @ seen[row]
+                    for q, query in enumerate(asked):
+                        for h in (0, 1):
+                            w = query[layer.name][h].double()
+                            found[view, row, half, 2 * q + h] += (gradient * w).sum()
+    return found
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Relative to the largest of a row: sums of some hundred float32 products."""
+    assert found.dtype == torch.float64 and found.shape == expected.shape
+    error = (found - expected).abs().amax(dim=(0, 2, 3))
+    assert (error <= 1e-5 * expected.abs().amax(dim=(0, 2, 3))).all()
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("by_tokens", [False, True])
+@pytest.mark.parametrize("count", [1, 5])
+def test_products_are_those_of_explicit_gradients(storage, by_tokens, count, monkeypatch) -> None:
+    """By both roads; a tolerance of 1e-13 truncates nothing that float32 could see."""
+    monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
+    factors, text = stored(storage)
+    asked = queries(count)
+    prepared = directions(asked, LAYERS, WEIGHTS, flat_moments(), 1e-13)
+    assert prepared.count == 2 * count and prepared.lost < 1e-12
+    assert_close(scan(factors, text, LAYERS, prepared), explicit(factors, text, asked))
+
+
+def test_without_moments_nothing_is_truncated() -> None:
+    factors, text = stored()
+    asked = queries(3)
+    for prepared in (
+        directions(asked, LAYERS, WEIGHTS), directions(asked, LAYERS, WEIGHTS, flat_moments(), 0),
+    ):  # fmt: skip
+        assert prepared.rank == 0 and prepared.lost == 0
+        assert_close(scan(factors, text, LAYERS, prepared), explicit(factors, text, asked))
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_many_queries_are_one_after_another(by_tokens: bool, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
+    factors, text = stored()
+    asked = queries(6)
+    together = scan(factors, text, LAYERS, directions(asked, LAYERS, WEIGHTS, flat_moments(), 0.02))
+    for q, query in enumerate(asked):
+        alone = directions([query], LAYERS, WEIGHTS, flat_moments(), 0.02)
+        assert_close(together[..., 2 * q : 2 * q + 2], scan(factors, text, LAYERS, alone))
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_chunks_change_nothing(by_tokens: bool, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
+    factors, text = stored()
+    asked = directions(queries(2), LAYERS, WEIGHTS, flat_moments(), 1e-3)
+    expected = scan(factors, text, LAYERS, asked)
+    monkeypatch.setattr(module, "at_once", lambda _: 2)
+    assert_close(scan(factors, text, LAYERS, asked), expected)
+
+
+def test_what_truncation_loses_is_what_it_says() -> None:
+    """For gradients whose channels and inputs are independent, of known second moments."""
+    layer = Layer("a", 16, 20, None, False)
+    generator = torch.Generator().manual_seed(4)
+    outputs, inputs = 2.0 ** -torch.arange(16), 1.5 ** -torch.arange(20)
+    moments = {"a": Moments(outputs, inputs, None)}
+    asked = [{"a": torch.randn(2, 16, 20, generator=generator)}]
+    factors = torch.randn(1, 2000, 2, 1, 16, generator=generator) * outputs
+    text = torch.randn(2000, 1, 20, generator=generator) * inputs
+    rows = quantise(factors, [layer], "float32")
+    whole = scan(rows, text, [layer], directions(asked, [layer], {}))
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_truncation_pays", lambda *_: True)
+        for tolerance in (1e-3, 1e-2, 1e-1):
+            prepared = directions(asked, [layer], {}, moments, tolerance)
+            assert 0 < prepared.lost <= tolerance and prepared.rank < 16
+            found = scan(rows, text, [layer], prepared)
+            share = float((found - whole).square().sum() / whole.square().sum())
+            # 4,000 products for each half: their share is known to some 5%.
+            assert share == pytest.approx(prepared.lost, rel=0.25)
+
+
+def test_a_layer_without_gradient_does_not_count(monkeypatch) -> None:
+    """As the lower half of a LoRA whose upper half is still zero."""
+    monkeypatch.setattr(module, "_truncation_pays", lambda *_: True)
+    factors, text = stored("float32")
+    factors.values[..., :8] = 0
+    asked = queries(1)
+    asked[0]["a"] = torch.zeros_like(asked[0]["a"])
+    values = {la.name: torch.ones(la.channels, la.width, dtype=torch.float64) for la in LAYERS}
+    values["a"] *= 0
+    prepared = directions(asked, LAYERS, WEIGHTS, moments_of(DiagonalFisher(values, 1)), 1e-13)
+    assert_close(scan(factors, text, LAYERS, prepared), explicit(factors, text, asked))
