@@ -30,6 +30,8 @@ EXAMPLE_DRAWS = Draws(seed=0, n=32)
 QUERY_DRAWS = Draws(seed=1, n=256)
 SEED_DRAWS = Draws(seed=0, n=16), Draws(seed=1, n=64)
 """Of examples and queries under the model of another seed."""
+FUNCTIONALS = 8
+"""Random functionals of each query."""
 
 
 def matrices(
@@ -55,18 +57,28 @@ def matrices(
 def second_seed(benchmark: Benchmark, work: Path) -> Benchmark:
     """Returns the benchmark with the model of the second seed, keys and values selected."""
     unet = network(work / "full-1" / "unet.safetensors")
-    pipeline = benchmark.model.pipeline
-    model = UNetDenoiser(cast(Any, unet), pipeline.scheduler, "cross-attn-kv")
+    model = UNetDenoiser(cast(Any, unet), benchmark.model.schedule, "cross-attn-kv")
     return dataclasses.replace(benchmark, model=model)
+
+
+def query_functionals(benchmark: Benchmark, work: Path, names: list[str]) -> GradientMatrix:
+    """Returns gradients of random functionals of the outputs for the queries, some for each."""
+    model = UNetDenoiser(benchmark.model.network, benchmark.model.schedule, names)
+    # A functional is keyed by the example: one query under many names.
+    copies = [dataclasses.replace(q, id=f"{q.id}#{m}")
+              for q in benchmark.queries for m in range(FUNCTIONALS)]  # fmt: skip
+    return example_gradients(
+        model, QueryExamples(copies), Draws(seed=1, n=16), measure="gauss_newton",
+        cache=work / "gradients",
+    )  # fmt: skip
 
 
 def journeys(
     benchmark: Benchmark, work: Path, measure: Measure, names: list[str]
 ) -> GradientMatrix:
     """Returns the gradients of the queries along their generation, in some of the parameters."""
-    model = UNetDenoiser(
-        benchmark.model.network, benchmark.model.pipeline.scheduler, names, benchmark.model.pipeline
-    )
+    pipeline = benchmark.model.pipeline
+    model = UNetDenoiser(benchmark.model.network, benchmark.model.schedule, names, pipeline)
     path = work / "gradients" / f"journeys-{measure}.npy"
     if not path.is_file():
         rows = journey_gradients(model, benchmark.queries, measure=measure).shards[0]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curvatures import Fitted, curvatures, gauss_newton, kv_names, refitted
-from gradients import journeys, matrices
+from curvatures import Fitted, averaged, curvatures, gauss_newton, kv_names, refitted
+from gradients import SEED_DRAWS, journeys, matrices, query_functionals, second_seed
 
 from unsee.curvature.kfac import EKFAC
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
@@ -69,9 +69,14 @@ def gauss_newtons(benchmark: Benchmark, work: Path) -> Scored:
     _, queries = keys_and_values(benchmark, work, "loss")
     steps = {"EK-FAC Gauss-Newton": found["EK-FAC Gauss-Newton"], "EK-FAC averaged": EKFAC.load(
         work / "curvature" / "EK-FAC averaged.safetensors")}  # fmt: skip
+    functionals = query_functionals(benchmark, work, sampled.names)
     for (kind, curvature), damping in itertools.product(steps.items(), DAMPINGS):
         scores = second_order_scores(sampled, queries, curvature, damping)
         yield f"second order, {kind}, damping {damping:g}", scores
+        # Whatever the query's loss says: how far its predictions move those for the example.
+        scores = second_order_scores(sampled, functionals, curvature, damping)
+        mean = scores.reshape(len(scores), len(benchmark.queries), -1).mean(2)
+        yield f"mutual second order, {kind}, damping {damping:g}", mean
 
 
 def renormalised(benchmark: Benchmark, work: Path) -> Scored:
@@ -127,21 +132,53 @@ def along_journeys(benchmark: Benchmark, work: Path) -> Scored:
         yield from damped(f"{what} along the journey", examples, queries, found)
 
 
-SUMS = (
-    # name, parts, what is tuned
-    ("EK-FAC averaged + D-TRAK, K and V",
-     ("influence, EK-FAC averaged, damping {}", "D-TRAK, K and V, ridge 1")),
-    ("EK-FAC averaged + output norm, EK-FAC",
-     ("influence, EK-FAC averaged, damping {}", "output norm, EK-FAC, damping 1")),
-    ("Gauss-Newton: loss + output norm",
-     ("influence, EK-FAC Gauss-Newton, damping {}",
-      "output norm, EK-FAC Gauss-Newton, damping {}")),
-)  # fmt: skip
+def seeds(benchmark: Benchmark, work: Path) -> Scored:
+    """The same methods on a model of another seed, and the mean of both models' scores."""
+    other = second_seed(benchmark, work)
+    loss, output = (matrices(other, work, m, SEED_DRAWS) for m in ("loss", "output_norm"))
+    basis = averaged(other, loss[0])[1]
+    for damping in DAMPINGS:
+        scores = influence_scores(*loss, basis, damping)
+        yield from _with_first(work, "influence, EK-FAC averaged", f"damping {damping:g}", scores)
+    curvature = refitted(basis, output[0], benchmark.members)
+    for damping in DAMPINGS:
+        scores = influence_scores(*output, curvature, damping)
+        yield from _with_first(work, "output norm, EK-FAC", f"damping {damping:g}", scores)
+    kernel, cross = trak_kernel(output[0]), output[0].products(output[1])
+    for ridge in RIDGES:
+        scores = trak_scores(kernel, cross, ridge, benchmark.members)
+        yield from _with_first(work, "D-TRAK, K and V", f"ridge {ridge:g}", scores)
+
+
+def _with_first(work: Path, name: str, setting: str, scores: np.ndarray) -> Scored:
+    first = np.load(work / "scores" / f"{name}, {setting}.npy").T
+    yield f"{name}, second seed, {setting}", scores
+    yield f"{name}, two seeds, {setting}", combined_values([first, scores])
+
+
+LOSS, MUTUAL = (
+    f"{what}, EK-FAC averaged, damping {{0}}" for what in ("influence", "mutual second order")
+)
+DTRAK_KV, DTRAK_ALL = "D-TRAK, K and V, ridge 1", "D-TRAK, all parameters, ridge 0.1"
+OUTPUT = "output norm, EK-FAC, damping 1"
+SUMS = {
+    # the damping is tuned; ridges and OUTPUT's damping are those that are best by themselves
+    "EK-FAC averaged + D-TRAK, K and V": (LOSS, DTRAK_KV),
+    "EK-FAC averaged + output norm, EK-FAC": (LOSS, OUTPUT),
+    "EK-FAC averaged + D-TRAK, all parameters": (LOSS, DTRAK_ALL),
+    "EK-FAC averaged + D-TRAK, both": (LOSS, DTRAK_KV, DTRAK_ALL),
+    "EK-FAC averaged + mutual second order": (LOSS, MUTUAL),
+    "EK-FAC averaged + D-TRAK, both + mutual second order": (LOSS, DTRAK_KV, DTRAK_ALL, MUTUAL),
+    "Gauss-Newton: loss + output norm": (
+        "influence, EK-FAC Gauss-Newton, damping {0}",
+        "output norm, EK-FAC Gauss-Newton, damping {0}",
+    ),
+}
 
 
 def combined(work: Path) -> Scored:
     """Sums of scores: what the query's loss says, and what its output says."""
-    for (name, parts), damping in itertools.product(SUMS, (0.01, 0.1, 1)):
+    for (name, parts), damping in itertools.product(SUMS.items(), (0.01, 0.1, 1)):
         loaded = [np.load(work / "scores" / f"{p.format(damping)}.npy").T for p in parts]
         yield f"{name}, damping {damping:g}", combined_values(loaded)
         yield f"{name}, ranks, damping {damping:g}", combined_values(loaded, "ranks")
@@ -176,6 +213,7 @@ def main() -> None:
         "d-trak": lambda: kernels(benchmark, work, "output_norm"),
         "output": lambda: outputs(benchmark, work),
         "journey": lambda: along_journeys(benchmark, work),
+        "seeds": lambda: seeds(benchmark, work),
         "combined": lambda: combined(work),
     }
     chosen = [families[m]() for m in arguments.methods or families]
