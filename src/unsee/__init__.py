@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from .data.dataset import Example, ImageDataset, load_dataset
     from .data.latents import EncodedDataset, encode_dataset
     from .draws import Draws
+    from .index.fisher import fit_diagonal_fisher
+    from .index.index import Index
     from .methods.base import Scores
-    from .methods.unlearning import AbU, Unlearned, fit_diagonal_fisher
+    from .methods.indexed import AbU
+    from .methods.unlearning import ForwardAbU, Unlearned
     from .models.base import Denoiser
     from .query import Query
 
@@ -28,7 +31,9 @@ __all__ = [
     "Draws",
     "EncodedDataset",
     "Example",
+    "ForwardAbU",
     "ImageDataset",
+    "Index",
     "Query",
     "Scores",
     "Unlearned",
@@ -39,18 +44,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AbU": "methods.unlearning",
+    "AbU": "methods.indexed",
     "Denoiser": "models.base",
     "DiagonalFisher": "curvature.diagonal",
     "Draws": "draws",
     "EncodedDataset": "data.latents",
     "Example": "data.dataset",
+    "ForwardAbU": "methods.unlearning",
     "ImageDataset": "data.dataset",
+    "Index": "index.index",
     "Query": "query",
     "Scores": "methods.base",
     "Unlearned": "methods.unlearning",
     "encode_dataset": "data.latents",
-    "fit_diagonal_fisher": "methods.unlearning",
+    "fit_diagonal_fisher": "index.fisher",
     "load_dataset": "data.dataset",
 }
 

@@ -18,7 +18,7 @@ from .data.latents import EncodedDataset, encode_dataset
 from .draws import Draws
 from .files import settings_key
 from .methods.base import Scores
-from .methods.unlearning import AbU, fit_diagonal_fisher
+from .methods.unlearning import ForwardAbU, fit_diagonal_fisher
 from .models.base import Denoiser
 from .query import Query
 from .report import write_report
@@ -118,10 +118,10 @@ def attributor(
     flips: bool = False,
     batch_size: int = 80,
     seed: int = 0,
-) -> AbU:
-    """Returns AbU on prepared data; see `AbU` for the settings."""
+) -> ForwardAbU:
+    """Returns AbU on prepared data; see `ForwardAbU` for the settings."""
     length = prepared.model.num_train_timesteps
-    return AbU(
+    return ForwardAbU(
         prepared.model, prepared.encoded, prepared.fisher, rise=rise, step_size=step_size,
         steps=steps, damping=damping, flips=flips, batch_size=batch_size,
         draws=Draws(seed, draws, num_train_timesteps=length),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .data.dataset import ImageDataset
+    from .models.base import Denoiser
+    from .runs import Source
 
 DATA_HELP = (
     "training data: 'twemoji', 'twemoji-skin-tones' (with those variants), or a folder with "
@@ -39,11 +41,40 @@ def box(text: str) -> tuple[int, int, int, int]:
 
 def open_data(name: str, skip_bad: bool = False) -> ImageDataset:
     """Opens DATA: one that ships with a package, or a folder."""
-    from .data.dataset import load_dataset
+    from .runs import open_data
 
-    if name in ("twemoji", "twemoji-skin-tones"):
-        return load_dataset("twemoji", skin_tones=name == "twemoji-skin-tones")
-    return load_dataset("imagefolder", data_dir=name, on_error="skip" if skip_bad else "raise")
+    return open_data(name, skip_bad)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """Returns MODEL and DATA with their options."""
+    from .runs import Source
+
+    return Source(args.model, args.data, args.parameters, args.lora, args.dtype, args.skip_bad)
+
+
+def open_model_and_data(args: argparse.Namespace) -> tuple[Denoiser, ImageDataset]:
+    """Opens MODEL and DATA; the cheap one first, so that a typo there costs nothing."""
+    from .runs import open_model
+
+    data = open_data(args.data, args.skip_bad)
+    quiet_loading()
+    return open_model(source_of(args), args.device), data
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """Adds what fixes the model, besides its name."""
+    command.add_argument(
+        "--parameters",
+        default="cross-attn-kv",
+        help="cross-attn-kv, cross-attn, attn, lora, all, or a pattern",
+    )
+    command.add_argument("--lora", help="LoRA weights to load on the model: a folder or a hub id")
+    command.add_argument("--dtype", default="float32",
+                         choices=("float32", "float16", "bfloat16", "float64"))  # fmt: skip
+    command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    command.add_argument("--skip-bad", action="store_true",
+                         help="leave out pictures that cannot be read, with a warning")  # fmt: skip
 
 
 def quiet_loading() -> None:

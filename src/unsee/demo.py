@@ -9,9 +9,11 @@ from importlib import resources
 from pathlib import Path
 
 from . import __version__
-from .attribution import attributor, prepare
 from .data.dataset import load_dataset
+from .draws import Draws
 from .files import write_atomically
+from .index.index import Index
+from .methods.indexed import AbU
 from .models.base import Denoiser
 from .models.loading import load_pipeline
 from .report import contact_sheet, render_page
@@ -26,6 +28,9 @@ PROMPTS = (
 
 GUIDANCE = 3.0
 MAX_TOKENS = 20
+DRAWS = 10
+"""Per training example; more give steadier scores, and take longer."""
+
 COMPLETE = "model_index.json"
 
 
@@ -68,26 +73,32 @@ def run_demo(out: Path) -> Path:
     """Attributes three generated pictures and writes one page; returns its path.
 
     Args:
-        out: folder of the results; intermediate results stay in `out/work`.
+        out: folder of the results; the index stays in `out/index`.
     """
     started = time.monotonic()
     data = load_dataset("twemoji")
     model = Denoiser.from_pipeline(load_pipeline(write_demo_model()))
-    prepared = prepare(model, data, out / "work")
-    method = attributor(prepared)
+    index = Index.build(out / "index", model, data, draws=Draws(0, DRAWS))
+    for column in ("factors", "outputs"):
+        index.curvature("ekfac", column)
+    seconds = {"index": time.monotonic() - started}
+    method = AbU(index)
     results = []
     for number, (prompt, seed) in enumerate(PROMPTS, start=1):
         query = model.generate(prompt, seed, guidance_scale=GUIDANCE)
+        generated = time.monotonic()
         scores = method.attribute(query)
+        seconds[f"attribution of picture {number}"] = time.monotonic() - generated
         scores.save(out / f"scores-{number}.parquet")
         contact_sheet(scores.top(10), data).save(out / f"contact-sheet-{number}.png")
         results.append(scores)
         captions = dict(zip(data.ids, data.captions, strict=True))
-        print(f"{prompt!r} (seed {seed}) was made possible by:")
+        print(f"{prompt!r} (seed {seed}) was made possible by "
+              f"({time.monotonic() - generated:.1f} s):")  # fmt: skip
         for identifier, value in zip(scores.top(5).ids, scores.top(5).values, strict=True):
             print(f"  {value:>10.3g}  {captions[identifier][0]}")
     whole = time.monotonic() - started
-    seconds = {**prepared.seconds, "three pictures": whole - sum(prepared.seconds.values())}
+    seconds["loading, pictures, pages"] = whole - sum(seconds.values())
     page = out / "index.html"
     html = render_page(results, data, title="Which training images made these pictures possible?",
                        timings=seconds, notes=["Emoji artwork: Twemoji, CC-BY 4.0"])  # fmt: skip

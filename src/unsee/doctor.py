@@ -17,6 +17,7 @@ from . import __version__
 from .data.dataset import ImageDataset
 from .data.latents import EncodedDataset, encode_dataset
 from .draws import Draws
+from .index.index import describe_index
 from .methods.base import Scores
 from .methods.forward import forward_losses, noise_floor
 from .methods.unlearning import fit_diagonal_fisher
@@ -194,6 +195,8 @@ def describe(path: Path | None) -> list[str]:
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
         return _describe_scores(path)
+    if (path / "manifest.json").is_file():
+        return describe_index(path)
     files = sorted(path.glob("scores*.parquet"))
     found = [line for file in files for line in _describe_scores(file)]
     if (path / "training.json").is_file():

@@ -14,7 +14,7 @@ from tests.models.test_unet import build
 from unsee.curvature.diagonal import DiagonalFisher
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
-from unsee.methods.unlearning import AbU, fit_diagonal_fisher
+from unsee.methods.unlearning import ForwardAbU, fit_diagonal_fisher
 from unsee.models.unet import UNetDenoiser
 from unsee.query import Query
 
@@ -56,10 +56,10 @@ class Setting:
     fisher: DiagonalFisher
     data: EncodedDataset
 
-    def abu(self, **options: Any) -> AbU:
+    def abu(self, **options: Any) -> ForwardAbU:
         defaults = {"draws": Draws(n=4), "query_draws": Draws(seed=1, n=10)}
         data = options.pop("data", self.data)
-        return AbU(self.model, data, self.fisher, **{**defaults, **options})
+        return ForwardAbU(self.model, data, self.fisher, **{**defaults, **options})
 
 
 def setting(data: EncodedDataset, prepare: Callable[[torch.nn.Module], object]) -> Setting:

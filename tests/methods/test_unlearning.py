@@ -16,7 +16,7 @@ from tests.reference.gradients import row_gradients
 from unsee.data.dataset import load_dataset
 from unsee.data.latents import EncodedDataset, encode_dataset
 from unsee.draws import Draws
-from unsee.methods.unlearning import AbU, fit_diagonal_fisher, query_gradient, query_loss
+from unsee.methods.unlearning import ForwardAbU, fit_diagonal_fisher, query_gradient, query_loss
 from unsee.models.base import Denoiser, with_box
 from unsee.models.unet import UNetDenoiser
 
@@ -319,7 +319,7 @@ def test_a_pipeline_makes_the_same_picture_after_an_attribution(tiny_pipeline, i
     model = Denoiser.from_pipeline(tiny_pipeline)
     encoded = encode_dataset(model, load_dataset("imagefolder", data_dir=image_folder))
     fisher = fit_diagonal_fisher(model, encoded, Draws(seed=-1, n=1))
-    abu = AbU(model, encoded, fisher, draws=Draws(n=2), query_draws=Draws(seed=1, n=4))
+    abu = ForwardAbU(model, encoded, fisher, draws=Draws(n=2), query_draws=Draws(seed=1, n=4))
     scores = abu.attribute(model.generate("a red square", seed=0, steps=2))
     assert len(scores) == 12 and np.isfinite(scores.values).all()
     assert picture() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ..index.scan import scan
 from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
+from .two_stage import reevaluate
 
 HALVES = 2
 
@@ -67,6 +69,9 @@ class AbU:
         query_draws: timesteps and noise of the query, even in number, independent of the examples'.
         batch_size: draws of the query at once.
         tolerance: share of the expected squared score that a cheaper scan may give up; 0 for none.
+        forward: really unlearns the query, and scores the candidates by how much their loss rose.
+            Where no candidates are given, the first order names them.
+        shortlist: how many it names.
     """
 
     index: Index
@@ -77,6 +82,8 @@ class AbU:
     query_draws: Draws = field(default_factory=lambda: Draws(seed=1, n=64))
     batch_size: int = 32
     tolerance: float = 1e-4
+    forward: bool = False
+    shortlist: int = 200
 
     def __post_init__(self) -> None:
         if self.query_draws.n % HALVES:
@@ -100,14 +107,25 @@ class AbU:
         return [c for c in MEASURES if c in self.index.columns]
 
     def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
-        """Scores every example, or the candidates; see `attribute_many`."""
-        return self.attribute_many([query], candidates)[0]
+        """Scores every example, or the candidates; see `attribute_many`.
+
+        With `forward`, candidates alone: their ids are those of the result.
+        """
+        if not self.forward:
+            return self.attribute_many([query], candidates)[0]
+        if candidates is None:
+            first = dataclasses.replace(self, forward=False).attribute(query)
+            candidates = first.top(self.shortlist).ids
+        return reevaluate(
+            self.index, query, candidates, self.curvature, rise=self.rise, damping=self.damping,
+            query_draws=self.query_draws,
+        )  # fmt: skip
 
     @exact_kernels()
     def attribute_many(
         self, queries: Sequence[Query], candidates: Sequence[str] | None = None
     ) -> list[Scores]:
-        """Scores several queries in one pass over the index.
+        """Scores several queries to first order, in one pass over the index.
 
         Returns:
             For each query, scores in the order of `index.ids` or of the candidates, with standard
@@ -136,7 +154,7 @@ class AbU:
         assert isinstance(total, np.ndarray)
         about = {
             "curvature": self.curvature, "damping": self.damping, "columns": self.used_columns,
-            "rise": self.rise, "query_draws": repr(self.query_draws),
+            "scaled_to_rise": self.rise, "query_draws": repr(self.query_draws),
             "index": str(self.index.path), "draws": repr(self.index.draws),
             "seconds": {"query's gradient": gradient_done - started,
                         "scan": time.monotonic() - gradient_done},
@@ -146,10 +164,10 @@ class AbU:
         for i, query in enumerate(queries):
             loss = asked[i].get("loss")
             settings = {
-                **about, "box": query.box, "query_loss": loss.value if loss else None,
+                **about, "box": query.box, "loss_of_query": loss.value if loss else None,
                 "step_sizes": {column: size[i] for column, size in sizes.items()},
             }  # fmt: skip
-            values, errors = with_errors(total[rows, :, i])
+            values, errors = (a[rows] for a in with_errors(total[:, :, i]))
             ids = [self.index.ids[r] for r in rows]
             found.append(Scores(ids, values, "AbU, first order", settings, query, errors))
         return found
@@ -257,14 +275,16 @@ def with_errors(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             larger score counts.
 
     Half the difference of two independent halves has the variance of their mean; the example's
-    noise and the query's add up.
+    noise and the query's add up. As two differences alone say little, each variance is averaged
+    with the mean over all examples.
     """
     means = products.mean((2, 3))
     best = means.argmax(1)
     chosen = products[np.arange(len(products)), best]  # [n, 2, 2]
     of_example = (chosen[:, 0].mean(1) - chosen[:, 1].mean(1)) / 2
     of_query = (chosen[:, :, 0].mean(1) - chosen[:, :, 1].mean(1)) / 2
-    return means.max(1), np.sqrt(of_example**2 + of_query**2)
+    variance = of_example**2 + of_query**2
+    return means.max(1), np.sqrt((variance + variance.mean()) / 2)
 
 
 def _rows(ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:

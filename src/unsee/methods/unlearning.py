@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC
-from ..data.batches import gather
 from ..data.latents import EncodedExamples
 from ..draws import Draws
 from ..files import settings_key
 from ..gradients import Gradients, mean_gradient, wide
+from ..index.fisher import fit_diagonal_fisher as fit_diagonal_fisher
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
 from ..query import Query
@@ -46,38 +46,6 @@ that no part leads (after Diffusion-ReTrac, Xie et al., arXiv 2401.09031, which 
 
 FLOOR_EXAMPLES = 64
 """Size of the sample that the noise floor is measured on."""
-
-
-def fit_diagonal_fisher(
-    model: Denoiser, data: EncodedExamples, draws: Draws, batch_size: int = 64,
-    progress: Callable[[Sequence], Iterable] = lambda batches: batches,
-) -> DiagonalFisher:  # fmt: skip
-    """Fits the diagonal of per-draw squared gradients over every example, caption and draw.
-
-    Args:
-        model: its selected parameters are used.
-        data: the examples of the sample.
-        draws: their timesteps and noise; independent of the draws that scores use.
-        batch_size: passes at once.
-        progress: wraps the list of batches, to show a bar.
-    """
-    jobs = [(0, row, c) for row in range(len(data.ids)) for c in range(data.caption_counts[row])]
-    examples = max(1, batch_size // draws.n)
-    batches = [jobs[i : i + examples] for i in range(0, len(jobs), examples)]
-
-    def losses() -> Iterator[Callable[[], Tensor]]:
-        for batch in progress(batches):
-            latents, text, timesteps, noise = gather(data, draws, batch)
-            # One row per draw: the hooks need a draw's own keys and values, not their sum.
-            latents, text = (x.repeat_interleave(draws.n, 0) for x in (latents, text))
-            row = (latents, text, timesteps.flatten()[:, None], noise.flatten(0, 1)[:, None])
-            yield lambda row=row: model.loss(*row)[:, 0]
-
-    with model.gradients_on():
-        return DiagonalFisher.fit(
-            model.network, model.parameters, losses(),
-            {"kind": "per_draw", "draws": dataclasses.asdict(draws), "examples": len(data.ids)},
-        )  # fmt: skip
 
 
 def query_gradient(model: Denoiser, query: Query, draws: Draws, batch_size: int = 64) -> Gradients:
@@ -128,7 +96,7 @@ class Unlearned:
 
 
 @dataclass(frozen=True)
-class AbU:
+class ForwardAbU:
     """Attribution by Unlearning, by forward re-evaluation of the training examples.
 
     The score of an example is the rise of its loss when the query is unlearned; captions are
@@ -277,6 +245,7 @@ class AbU:
         query: Query,
         candidates: Sequence[str] | None = None,
         unlearned: Unlearned | None = None,
+        before: np.ndarray | None = None,
     ) -> Scores:
         """Scores training examples by the rise of their loss.
 
@@ -284,6 +253,7 @@ class AbU:
             query: the picture to forget.
             candidates: ids to score; all examples by default.
             unlearned: what `unlearn` returned for this query, where it is at hand.
+            before: [rows, views, draws] losses with the model's own weights, where they are.
 
         Returns:
             Scores in the order of the data set, or of `candidates`. `settings` holds the query's
@@ -295,7 +265,7 @@ class AbU:
         """
         rows = self._rows(candidates)
         started = time.monotonic()
-        before = self.losses(rows)
+        before = self.losses(rows) if before is None else before
         baseline_done = time.monotonic()
         unlearned = self.unlearn(query) if unlearned is None else unlearned
         unlearn_done = time.monotonic()

@@ -110,8 +110,8 @@ def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
     if counts == [len(data)]:
         scored = f"All {scored}"
     methods = ", ".join(dict.fromkeys(scores.method for scores in results))
-    if methods == "AbU":
-        methods = "attribution by unlearning (AbU)"
+    if methods.startswith("AbU"):
+        methods = methods.replace("AbU", "attribution by unlearning (AbU)", 1)
     each = " for each picture" if len(results) > 1 else ""
     return element(
         "p",
@@ -124,7 +124,8 @@ def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
 
 def _reading(results: Sequence[Scores]) -> Markup:
     """Says how to read a score."""
-    if all(scores.method.startswith("AbU") for scores in results):
+    several = any(len(scores.settings.get("columns", ())) > 1 for scores in results)
+    if all(scores.method.startswith("AbU") for scores in results) and not several:
         how = (
             "The score is the rise of this training image’s loss when the picture is unlearned. ",
             element("b", "Positive: the model forgot it too", class_="up"),

@@ -19,6 +19,9 @@ from .settings import settings_block, shortened
 QUERY_PIXELS = 384
 CARD_PIXELS = 176
 STRIP_PIXELS = 96
+CLEAR = 3
+"""Standard errors that a score has to exceed to stand clear of its noise."""
+
 GRID_CELLS = 1024
 """A mask of more latent cells than this is drawn without lines between them."""
 
@@ -187,13 +190,20 @@ def _unlearned(scores: Scores) -> Markup | None:
 def _about_most(scores: Scores, best: Scores, scale: ScoreScale, floor: float | None) -> Markup:
     if np.ptp(scores.values) == 0 and len(scores) > 1:
         return element("p", "All scores are equal: the order below says nothing.", class_="warning")
+    if best.errors is not None:
+        typical = f"{scale.size(float(np.median(best.errors)))}, at the median of these"
+        text = f"Other timesteps and noise would move a score by its standard error ({typical}); "
+        return _about_clear(best, floor, f"{text}clear is what exceeds {CLEAR} of them. ")
     if floor is None:
         positive = int((scores.values > 0).sum())
         return element(
             "p", f"{positive:,} of {len(scores):,} images have a positive score.", class_="hint"
         )
-    clear = [rank for rank, value in enumerate(best.values, start=1) if abs(value) > floor]
-    text = f"Rounding alone moves a score by up to {scale.size(floor)}. "
+    return _about_clear(best, floor, f"Rounding alone moves a score by up to {scale.size(floor)}. ")
+
+
+def _about_clear(best: Scores, floor: float | None, text: str) -> Markup:
+    clear = [rank for rank, yes in enumerate(_clear(best, floor), start=1) if yes]
     if len(clear) == len(best):
         text += f"All {len(best)} stand clear of it." if len(best) > 1 else "It stands clear of it."
     elif clear:
@@ -201,6 +211,13 @@ def _about_most(scores: Scores, best: Scores, scale: ScoreScale, floor: float | 
     else:
         text += "None of these stands clear of it: this order is noise."
     return element("p", text, class_="hint" if clear else "warning")
+
+
+def _clear(best: Scores, floor: float | None) -> list[bool]:
+    """Tells of each score whether it stands clear of its noise, as far as that is known."""
+    if best.errors is not None:
+        return (np.abs(best.values) > CLEAR * best.errors).tolist()
+    return [floor is None or abs(value) > floor for value in best.values]
 
 
 def _stand(count: int) -> str:
@@ -233,7 +250,7 @@ def _cards(
     best: Scores, data: ImageDataset, position: dict[str, int], scale: ScoreScale,
     floor: float | None,
 ) -> Markup:  # fmt: skip
-    clear = [floor is None or abs(value) > floor for value in best.values]
+    clear = _clear(best, floor)
     cards = []
     for i, (identifier, value) in enumerate(zip(best.ids, best.values, strict=True)):
         # Where none stands clear, one sentence says so: a mark on every card would say no more.

@@ -1,0 +1,136 @@
+"""`unsee attribute`: one picture, from a model and its data or from a run that is indexed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cli_arguments import (
+    DATA_HELP,
+    MODEL_HELP,
+    add_model_options,
+    box,
+    open_model_and_data,
+    positive,
+    quiet_loading,
+)
+from .cli_index import add_run_options, print_top
+
+if TYPE_CHECKING:
+    from .models.base import Denoiser
+    from .query import Query
+
+
+def add_attribute(commands: argparse._SubParsersAction) -> None:
+    """Adds `unsee attribute`."""
+    command = commands.add_parser(
+        "attribute", help="name the training images that made a picture possible"
+    )
+    command.add_argument(
+        "model", metavar="MODEL|RUN",
+        help=f"{MODEL_HELP}; or what `unsee index` made, without DATA",
+    )  # fmt: skip
+    command.add_argument("data", metavar="DATA", nargs="?", help=DATA_HELP)
+    command.add_argument("--prompt", required=True, help="what the picture was made for")
+    picture = command.add_mutually_exclusive_group(required=True)
+    picture.add_argument("--seed", type=int, help="generate the picture with this seed")
+    picture.add_argument("--image", type=Path, help="take this picture")
+    command.add_argument("--box", type=box, metavar="X0,Y0,X1,Y1",
+                         help="only this part of the picture, in its pixels")  # fmt: skip
+    command.add_argument("--top", type=positive, default=10, help="how many to show")
+    command.add_argument("--out", type=Path, default=Path("runs/attribute"))
+    command.add_argument("--work", type=Path, help="intermediate results (default: OUT/work)")
+    command.add_argument("--sampler-steps", type=positive, default=50)
+    command.add_argument(
+        "--guidance", type=float, help="classifier-free guidance (default: 7.5; the demo uses 3)"
+    )
+    add_method_options(command)
+    add_run_options(command)
+    command.add_argument("--forward", action="store_true", help="with a RUN: really unlearn the "
+                         "picture, and score the best of the first order by it")  # fmt: skip
+    command.add_argument("--shortlist", type=positive, default=200, help="how many of them")
+    command.set_defaults(run=_attribute)
+
+
+def add_method_options(command: argparse.ArgumentParser) -> None:
+    """Adds the settings of AbU and of the model."""
+    method = command.add_argument_group("method")
+    method.add_argument("--draws", type=positive, default=10, help="draws per training example")
+    method.add_argument("--query-draws", type=positive, default=200)
+    method.add_argument("--rise", type=float, default=0.05,
+                        help="unlearn until the picture's own loss rose by this share")  # fmt: skip
+    method.add_argument("--step-size", type=float, help="fixed step instead; the paper's is 0.01/N")
+    method.add_argument("--steps", type=positive, default=1, help="unlearning steps")
+    method.add_argument("--damping", type=float, default=0.1, help="0 is the published update")
+    method.add_argument("--flips", action="store_true", help="also score mirrored pictures")
+    method.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
+    method.add_argument("--batch-size", type=positive, default=80, help="forward passes at once")
+    add_model_options(command)
+
+
+def _attribute(args: argparse.Namespace) -> None:
+    from .runs import is_run
+
+    if args.data is None and not is_run(args.model):
+        raise ValueError(
+            f"{args.model!r} is no run that `unsee index` made: give DATA, the model's training "
+            "data, or a run's folder"
+        )
+    scores, paths, captions = _from_run(args) if args.data is None else _from_model(args)
+    print_top(scores, captions, args.top)
+    for name, path in paths.items():
+        print(f"{name}: {path}")
+
+
+def _from_model(args: argparse.Namespace) -> tuple:
+    from .attribution import attribute_to_files
+
+    opened = _picture(args)
+    model, data = open_model_and_data(args)
+    scores, paths = attribute_to_files(
+        model, data, _query(args, model, opened), args.out, work=args.work, top=args.top,
+        on_error="skip" if args.skip_bad else "raise", draws=args.draws,
+        query_draws=args.query_draws, rise=args.rise, step_size=args.step_size, steps=args.steps,
+        damping=args.damping, flips=args.flips, seed=args.method_seed, batch_size=args.batch_size,
+    )  # fmt: skip
+    return scores, paths, data
+
+
+def _from_run(args: argparse.Namespace) -> tuple:
+    from .draws import Draws
+    from .methods.indexed import AbU
+    from .report import write_report
+    from .runs import open_run
+
+    opened = _picture(args)
+    quiet_loading()
+    index, data = open_run(Path(args.model), args.device)
+    query = _query(args, index.model, opened)
+    length = index.model.num_train_timesteps
+    method = AbU(
+        index, args.curvature, args.damping, args.use_columns, args.rise,
+        Draws(args.method_seed + 1, args.query_draws, num_train_timesteps=length),
+        forward=args.forward, shortlist=args.shortlist,
+    )  # fmt: skip
+    scores = method.attribute(query)
+    return scores, write_report(scores, data, args.out, top=args.top), data
+
+
+def _picture(args: argparse.Namespace):  # noqa: ANN202 - PIL is not imported for the parser
+    """Opens the picture before the model, so that a typo there costs nothing."""
+    from .data.dataset import open_image
+
+    return open_image(args.image) if args.image else None
+
+
+def _query(args: argparse.Namespace, model: Denoiser, image) -> Query:  # noqa: ANN001
+    from .models.base import with_box
+
+    if image is not None:
+        return model.query(image, args.prompt, args.box)
+    options = {"steps": args.sampler_steps}
+    if args.guidance is not None:
+        options["guidance_scale"] = args.guidance
+    query = model.generate(args.prompt, args.seed, **options)
+    return query if args.box is None else with_box(query, args.box)

@@ -1,0 +1,112 @@
+"""Commands of the index: build it, ask it about a picture, ask it about the training set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cli_arguments import (
+    DATA_HELP,
+    MODEL_HELP,
+    add_model_options,
+    open_model_and_data,
+    positive,
+    quiet_loading,
+    source_of,
+)
+
+if TYPE_CHECKING:
+    from .data.dataset import ImageDataset
+    from .methods.base import Scores
+
+CURVATURES = ("ekfac", "kfac", "diagonal", "diagonal_per_draw", "identity")
+
+
+def add_index(commands: argparse._SubParsersAction) -> None:
+    """Adds `unsee index` and `unsee influence`."""
+    command = commands.add_parser(
+        "index", help="one pass over the training data, then answers without another"
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    command.add_argument("--out", type=Path, required=True, metavar="RUN", help="its folder")
+    command.add_argument("--columns", nargs="+", default=["loss", "factors", "outputs"],
+                         help="what to keep: loss, factors, outputs")  # fmt: skip
+    command.add_argument("--draws", type=positive, default=16, help="per example; an even number")
+    command.add_argument("--storage", default="int8", choices=("int8", "float16", "float32"))
+    command.add_argument("--flips", action="store_true", help="also index mirrored pictures")
+    command.add_argument("--shard-size", type=positive, default=64, help="examples in a file")
+    command.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
+    command.add_argument("--batch-size", type=positive, default=64, help="passes at once")
+    command.add_argument("--delete", nargs="+", metavar="ID", help="erase these examples instead")
+    add_model_options(command)
+    command.set_defaults(run=_index)
+
+    command = commands.add_parser(
+        "influence", help="which training examples a run's model has learnt by heart"
+    )
+    command.add_argument("path", type=Path, metavar="RUN", help="what `unsee index` made")
+    command.add_argument("--top", type=positive, default=10, help="how many to show")
+    command.add_argument("--out", type=Path, help="result folder (default: RUN/influence)")
+    command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    add_run_options(command)
+    command.set_defaults(run=_influence)
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options of attribution from an index."""
+    group = command.add_argument_group("with a RUN")
+    group.add_argument("--curvature", default="ekfac", choices=CURVATURES)
+    group.add_argument("--use-columns", nargs="+", metavar="COLUMN",
+                       help="factors, outputs or both (default: what the run has)")  # fmt: skip
+
+
+def _index(args: argparse.Namespace) -> None:
+    from .draws import Draws
+    from .index.index import Index, describe_index
+    from .runs import write_source
+
+    model, data = open_model_and_data(args)
+    if args.delete:
+        Index.open(args.out, model).delete(args.delete)
+    else:
+        length = model.num_train_timesteps
+        index = Index.build(
+            args.out, model, data, args.columns,
+            draws=Draws(args.method_seed, args.draws, num_train_timesteps=length),
+            storage=args.storage, flips=args.flips, shard_size=args.shard_size,
+            batch_size=args.batch_size, on_error="skip" if args.skip_bad else "raise",
+        )  # fmt: skip
+        write_source(args.out, source_of(args))
+        for column in ("factors", "outputs"):
+            if column in index.columns:
+                index.curvature("ekfac", column)
+    for line in describe_index(args.out):
+        print(line)
+
+
+def _influence(args: argparse.Namespace) -> None:
+    from .methods.self_influence import self_influence
+    from .report import write_report
+    from .runs import open_run
+
+    quiet_loading()
+    index, data = open_run(args.path, args.device)
+    columns = args.use_columns or ["factors"]
+    scores = self_influence(index, args.curvature, column=columns[0])
+    paths = write_report(scores, data, args.out or args.path / "influence", top=args.top)
+    print_top(scores, data, args.top)
+    for name, path in paths.items():
+        print(f"{name}: {path}")
+
+
+def print_top(scores: Scores, data: ImageDataset, top: int) -> None:
+    """Prints the most influential examples, and which of them stand clear of their noise."""
+    captions = dict(zip(data.ids, data.captions, strict=True))
+    best = scores.top(top)
+    print(f"{'rank':>4}  {'score':>10}  id / caption")
+    for place, (identifier, value) in enumerate(zip(best.ids, best.values, strict=True)):
+        error = "" if best.errors is None else f" ± {best.errors[place]:<8.2g}"
+        print(f"{place + 1:>4}  {value:>10.3g}{error}  {identifier} / "
+              f"{' | '.join(captions[identifier])}")  # fmt: skip

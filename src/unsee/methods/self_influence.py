@@ -1,0 +1,94 @@
+"""How much an example made itself possible: memorised and mislabelled examples stand out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..index.factors import Quantised, dequantise
+from ..index.fit import CurvatureName, layer_inputs
+from ..index.index import Index
+from ..index.scan import at_once
+from .base import Scores
+
+
+def self_influence(
+    index: Index,
+    curvature: CurvatureName = "ekfac",
+    damping: float = 0.1,
+    column: str = "factors",
+) -> Scores:
+    """Scores every example of an index as if it were its own query.
+
+    The score is the inner product of the example's gradient over even draws with that over odd
+    draws, divided by the curvature: the noise of the draws, which would add its own square to a
+    norm, has no part in the mean. (Koh and Liang, ICML 2017; Feldman and Zhang, NeurIPS 2020.)
+
+    Args:
+        index: with the column.
+        curvature: see `Index.curvature`, or `identity`.
+        damping: relative to each layer's mean.
+        column: `factors` or `outputs`.
+
+    Returns:
+        Scores in the order of `index.ids`; the larger, the more the example is learnt by heart
+        and supported by no other. Captions are averaged; mirrored views are left out.
+
+    Raises:
+        ValueError: the index does not have the column, or see `Index.curvature`.
+    """
+    fitted = None if curvature == "identity" else index.curvature(curvature, column)
+    weights = layer_inputs(index.model, index.layers)
+    channels = [la.channels for la in index.layers]
+    values: list[float] = []
+    for shard in index.shards():
+        examples = index.examples(shard)
+        counts = torch.tensor(examples.caption_counts)
+        if not examples.ids:
+            continue
+        stored, text = index.factors(column, shard), index.text(shard)
+        factors = dequantise(Quantised(stored.values[0], stored.scales[0]), index.layers)
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        total = torch.zeros(len(counts), dtype=torch.float64)
+        for layer, part in zip(index.layers, factors.split(channels, dim=-1), strict=True):
+            seen = text if layer.reads is None else text @ weights[layer.reads].float().T
+            damped = None
+            if fitted is not None:
+                damped = fitted.values[layer.name]
+                damped = damped + damping * damped.mean()
+                if (vectors := getattr(fitted, "input_vectors", None)) is not None:
+                    seen = seen @ vectors[layer.name].float()
+                    part = part @ fitted.output_vectors[layer.name].float()  # type: ignore[union-attr]
+            total += _products(part, seen, owner, counts, damped)
+        values += total.tolist()
+    settings = {"curvature": curvature, "damping": damping, "column": column,
+                "index": str(index.path), "draws": repr(index.draws)}  # fmt: skip
+    return Scores(list(index.ids), np.array(values), "self-influence", settings)
+
+
+def _products(
+    factors: Tensor, text: Tensor, owner: Tensor, counts: Tensor, damped: Tensor | None
+) -> Tensor:
+    """Returns the products [n] float64 of the two halves of each example's gradient.
+
+    Args:
+        factors: [captions, 2, T, channels] of one layer.
+        text: [captions, T, width], what the layer sees.
+        owner: [captions] example of each caption.
+        counts: [n] captions of each example.
+        damped: [channels, width] what is divided by.
+    """
+    found = torch.zeros(len(counts), dtype=torch.float64)
+    chunk = at_once(2 * factors.shape[-1] * text.shape[-1])
+    for first in range(0, len(counts), chunk):
+        wanted = (owner >= first) & (owner < first + chunk)
+        gradients = factors[wanted].mT @ text[wanted, None]  # [captions, 2, channels, width]
+        some = counts[first : first + chunk]
+        means = torch.zeros(len(some), *gradients.shape[1:])
+        means.index_add_(0, owner[wanted] - first, gradients)
+        even, odd = (means / some[:, None, None, None]).double().unbind(1)
+        if damped is not None:
+            odd = torch.where(damped > 0, odd / damped, 0.0)
+        found[first : first + chunk] = (even * odd).sum((1, 2))
+    return found

@@ -1,0 +1,113 @@
+"""A run: an index together with where its model and its pictures came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .data.dataset import ImageDataset, load_dataset
+from .files import write_atomically
+from .index.index import Index
+from .models.loading import Dtype
+
+if TYPE_CHECKING:
+    from .models.base import Denoiser
+
+SOURCE = "source.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was indexed, in the words of the command line.
+
+    Attributes:
+        model: a pipeline's folder or hub id, or `demo`.
+        data: `twemoji`, `twemoji-skin-tones`, or a folder.
+        parameters: a preset or pattern.
+        lora: LoRA weights on the model, if any.
+        dtype: of the weights.
+        skip_bad: whether pictures that cannot be read were left out.
+    """
+
+    model: str
+    data: str
+    parameters: str = "cross-attn-kv"
+    lora: str | None = None
+    dtype: Dtype = "float32"
+    skip_bad: bool = False
+
+
+def open_data(name: str, skip_bad: bool = False) -> ImageDataset:
+    """Opens a data set by name: one that ships with a package, or a folder."""
+    if name in ("twemoji", "twemoji-skin-tones"):
+        return load_dataset("twemoji", skin_tones=name == "twemoji-skin-tones")
+    return load_dataset("imagefolder", data_dir=name, on_error="skip" if skip_bad else "raise")
+
+
+def open_model(source: Source, device: str | None = None) -> Denoiser:
+    """Opens the model of a source."""
+    from .demo import write_demo_model
+    from .models.base import Denoiser
+    from .models.loading import load_lora, load_pipeline
+
+    folder = write_demo_model() if source.model == "demo" else source.model
+    pipeline = load_pipeline(folder, source.dtype, device)
+    if source.lora:
+        load_lora(pipeline, source.lora)
+    return Denoiser.from_pipeline(pipeline, source.parameters)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether there is an index."""
+    return (Path(path) / "manifest.json").is_file()
+
+
+def write_source(path: Path, source: Source) -> None:
+    """Records where an index came from."""
+    # Folders are found again from any other one.
+    found = {
+        name: str(Path(value).resolve()) if value and Path(value).exists() else value
+        for name, value in (("model", source.model), ("data", source.data), ("lora", source.lora))
+    }
+    text = json.dumps(dataclasses.asdict(source) | found, indent=1) + "\n"
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / SOURCE, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_source(path: Path) -> Source:
+    """Reads what `write_source` wrote.
+
+    Raises:
+        ValueError: the index was not made by the command line, or the record is damaged.
+    """
+    file = path / SOURCE
+    if not file.is_file():
+        raise ValueError(
+            f"run {str(path)!r} has no {SOURCE}: it was not made by `unsee index`; open it in "
+            "Python with Index.open(path, model)"
+        )
+    try:
+        return Source(**json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): run `unsee index` again") from None
+
+
+def open_run(path: Path, device: str | None = None) -> tuple[Index, ImageDataset]:
+    """Opens a run's index, with its model, and its pictures.
+
+    Raises:
+        ValueError: it is not finished, or its model or data set is not what it was.
+    """
+    source = read_source(path)
+    data = open_data(source.data, source.skip_bad)
+    index = Index.open(path, open_model(source, device))
+    lost = sorted(set(index.ids) - set(data.ids))
+    if lost:
+        raise ValueError(
+            f"run {str(path)!r}: its example {lost[0]!r} is no longer in {source.data!r}; bring "
+            "it back, or delete it from the index"
+        )
+    return index, data
