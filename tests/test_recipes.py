@@ -147,19 +147,35 @@ def test_more_captions_than_there_are_is_an_error():
 # -- blind test ---------------------------------------------------------------------------------
 
 
-def test_questions_hold_the_right_caption_once_and_are_fixed_by_the_seed():
-    questions = blind.make_questions(captions.NOVEL, seed=0)
-    assert sorted(q.prompt for q in questions) == sorted(captions.NOVEL)
-    assert all(len(set(q.captions)) == 5 and q.prompt in q.captions for q in questions)
-    assert questions == blind.make_questions(captions.NOVEL, seed=0)
-    assert questions != blind.make_questions(captions.NOVEL, seed=1)
-    assert len({q.answer for q in questions}) == 5
+def test_questions_are_fixed_by_the_seed_and_no_caption_of_the_data_is_asked(emoji: ImageDataset):
+    every = [caption for group in captions.GROUPS for caption in group]
+    captions.check_novel(every, [c for several in emoji.captions for c in several])
+    questions = blind.make_questions(captions.GROUPS, seed=0)
+    assert [q.number for q in questions] == list(range(1, 21))
+    asked = {frozenset(q.captions) for q in questions}
+    assert asked == {frozenset(group) for group in captions.GROUPS}
+    assert questions == blind.make_questions(captions.GROUPS, seed=0)
+    assert questions != blind.make_questions(captions.GROUPS, seed=1)
 
 
-def test_the_question_sheet_does_not_tell():
-    questions = blind.make_questions(captions.NOVEL, seed=0)
+def test_no_answer_of_the_blind_test_tells_of_another_or_of_the_wording():
+    rights, letters = Counter(), Counter()
+    for seed in range(200):
+        for question in blind.make_questions(captions.GROUPS, seed):
+            rights[question.prompt] += 1
+            letters[question.answer] += 1
+    # Each caption 40 times, each letter 800 times on average: within five standard deviations.
+    assert len(rights) == 100 and max(abs(n - 40) for n in rights.values()) < 5 * 32**0.5
+    assert max(abs(n - 800) for n in letters.values()) < 5 * 640**0.5
+    twice = [captions.GROUPS[0], captions.GROUPS[0]]
+    with pytest.raises(ValueError, match="in no other group"):
+        blind.make_questions(twice, seed=0)
+
+
+def test_the_question_text_does_not_tell():
+    questions = blind.make_questions(captions.GROUPS, seed=0)
     other = [blind.Question(q.number, q.captions[0], q.captions) for q in questions]
-    assert blind.question_sheet(questions) == blind.question_sheet(other)
+    assert blind.question_text(questions) == blind.question_text(other)
 
 
 def test_grading_counts_right_picks_and_missing_ones_as_wrong():
@@ -247,8 +263,9 @@ def test_blind_test_from_the_command_line(tiny_pipeline_dir: Path, tmp_path: Pat
     assert (
         evaluate.main([str(tiny_pipeline_dir), "--out", str(out), "--steps", "1", "--blind"]) == 0
     )
-    assert sorted(p.name for p in (out / "blind").iterdir()) == ["blind.json", "blind.png"]
-    assert len(json.loads((out / "blind" / "blind.json").read_text())["pictures"]) == 20
+    names = [f"question_{number:02d}.png" for number in range(1, 21)]
+    assert sorted(p.name for p in (out / "blind").iterdir()) == [*names, "questions.txt"]
+    assert len(json.loads((out / "answers.json").read_text())) == 20
     assert evaluate.main(["--out", str(out), "--grade", str(out / "answers.json")]) == 0
     assert "20 of 20 right" in capsys.readouterr().out
 

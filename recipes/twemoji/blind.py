@@ -34,30 +34,48 @@ class Question:
         return LETTERS[self.captions.index(self.prompt)]
 
 
-def make_questions(prompts: Sequence[str], seed: int) -> list[Question]:
-    """Shuffles the prompts and gives each four wrong captions from among the others.
+def make_questions(groups: Sequence[Sequence[str]], seed: int) -> list[Question]:
+    """Makes one question of each group of captions; chance says which of them is the right one.
+
+    Every caption is in one group only, and each of a group is the right one with equal
+    probability. So neither the wording nor the answers to other questions tell anything: every
+    picture has to be answered from the picture.
 
     The same seed asks the same questions of every model.
+
+    Raises:
+        ValueError: a group has not as many captions as there are letters, or a caption comes
+            twice.
     """
-    order = list(prompts)
+    every = [caption for group in groups for caption in group]
+    if any(len(group) != len(LETTERS) for group in groups) or len(set(every)) < len(every):
+        raise ValueError(f"a group needs {len(LETTERS)} captions that are in no other group")
+    order = list(groups)
     random.Random(stable_seed(seed, "order")).shuffle(order)
     questions = []
-    for number, prompt in enumerate(order, start=1):
-        chance = random.Random(stable_seed(seed, "captions", prompt))
-        others = sorted(p for p in prompts if p != prompt)
-        captions = [prompt, *chance.sample(others, len(LETTERS) - 1)]
-        chance.shuffle(captions)
+    for number, group in enumerate(order, start=1):
+        captions = list(group)
+        random.Random(stable_seed(seed, "letters", *group)).shuffle(captions)
+        prompt = random.Random(stable_seed(seed, "right", *group)).choice(captions)
         questions.append(Question(number, prompt, tuple(captions)))
     return questions
 
 
-def question_sheet(questions: Sequence[Question]) -> dict[str, Any]:
+def question_text(questions: Sequence[Question]) -> str:
     """Returns what the person who takes the test gets beside the pictures: no answers."""
-    return {
-        "task": "For each numbered picture, pick the letter of the caption it was made for. "
-        'Write a JSON object from number to letter: {"1": "C", "2": "A", ...}.',
-        "pictures": {str(q.number): dict(zip(LETTERS, q.captions, strict=True)) for q in questions},
-    }
+    lines = [
+        "Each picture question_NN.png was made by a small model for one of the five captions "
+        "beside it.",
+        "Say which. The other four were not used for any picture, no caption comes twice, and the "
+        "right one of",
+        "each five was drawn by lot: no answer helps with another. Write a JSON object from number "
+        "to letter,",
+        'with a pick for every picture: {"1": "C", "2": "A", ...}.',
+    ]
+    for question in questions:
+        lines += ["", f"{question.number}."]
+        lines += [f"   {x}  {c}" for x, c in zip(LETTERS, question.captions, strict=True)]
+    return "\n".join(lines) + "\n"
 
 
 def grade(answers: Mapping[str, str], picks: Mapping[str, str]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from blind import grade, make_questions, question_sheet
-from captions import NOVEL, SELECTION_SEED, check_novel, stratified_rows
+from blind import grade, make_questions, question_text
+from captions import GROUPS, NOVEL, SELECTION_SEED, check_novel, stratified_rows
 from measures import (
     Array,
     box_downscale,
@@ -37,7 +37,7 @@ from measures import (
 )
 from pictures import Settings, Training, generate, reconstruction_psnr
 from PIL import Image
-from sheets import Card, card_sheet, question_cards, to_image
+from sheets import Card, card_sheet, question_sheet, to_image
 from tables import markdown, sweep_markdown
 
 from unsee.data.dataset import load_dataset
@@ -184,30 +184,23 @@ def sweep(
 
 
 def write_blind_test(pipeline: Any, captions: Sequence[str], settings: Settings, out: Path) -> None:
-    """Writes `blind/blind.png` and `blind/blind.json` for the taker, and `answers.json` beside.
-
-    The pictures are those of `novel.png`: same prompts, seed and guidance.
+    """Writes `blind/` for the taker, a picture for each question and a text, and the answers.
 
     Args:
         pipeline: the model.
         captions: of the training set; none of them may be asked about.
         settings: how pictures are made.
-        out: folder for the test and, outside the folder that the taker gets, the answers.
+        out: folder for the test and, outside the folder that the taker gets, `answers.json`.
     """
-    check_novel(NOVEL, captions)
-    questions = make_questions(NOVEL, settings.seed)
-    # In the order of `NOVEL`, so that the batches are the same whatever the order of questions.
-    by_prompt = dict(zip(NOVEL, generate(pipeline, NOVEL, settings), strict=True))
+    check_novel([caption for group in GROUPS for caption in group], captions)
+    questions = make_questions(GROUPS, settings.seed)
     folder = out / "blind"
     folder.mkdir(exist_ok=True)
-    sheet = question_cards(
-        [to_image(by_prompt[q.prompt]) for q in questions],
-        [q.captions for q in questions],
-        "Which caption was the picture made for?",
-        "One of five is right. Note the letter for each number.",
-    )
-    sheet.save(folder / "blind.png", optimize=True)
-    _write_json(folder / "blind.json", question_sheet(questions))
+    generated = generate(pipeline, [q.prompt for q in questions], settings)
+    for question, picture in zip(questions, generated, strict=True):
+        sheet = question_sheet(to_image(picture), question.number, question.captions)
+        sheet.save(folder / f"question_{question.number:02d}.png", optimize=True)
+    (folder / "questions.txt").write_text(question_text(questions), encoding="utf-8")
     _write_json(out / "answers.json", {str(q.number): q.answer for q in questions})
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, CARD, EDGE = (244, 245, 247), (255, 255, 255), (222, 225, 230)
 INK, FAINT = (31, 35, 40), (116, 124, 134)
-TILE, PAD, GAP, MARGIN, OPTION = 128, 12, 14, 28, 270
+TILE, PAD, GAP, MARGIN, OPTION = 128, 12, 14, 28, 380
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,21 @@ def card_sheet(cards: Sequence[Card], columns: int, title: str, subtitle: str) -
     return sheet
 
 
-def question_cards(
-    pictures: Sequence[Image.Image], options: Sequence[Sequence[str]], title: str, subtitle: str
-) -> Image.Image:
-    """Returns a sheet of numbered pictures, each with lettered captions beside it."""
-    columns, width, height = 4, TILE + 3 * PAD + OPTION, TILE + 2 * PAD
-    sheet, draw, top = _paper(columns, -(-len(pictures) // columns), width, height, title, subtitle)
-    for place, (picture, captions) in enumerate(zip(pictures, options, strict=True)):
-        x = MARGIN + place % columns * (width + GAP)
-        y = top + place // columns * (height + GAP)
-        _box(draw, x, y, width, height)
-        sheet.paste(_enlarge(picture), (x + PAD, y + PAD))
-        left = x + TILE + 2 * PAD
-        draw.text((left, y + PAD - 2), str(place + 1), INK, _font(18))
-        for i, caption in enumerate(captions):
-            line_y = y + PAD + 26 + i * 21
-            draw.text((left, line_y), "ABCDE"[i], FAINT, _font(15))
-            line = wrap(caption, _font(15), OPTION - 22, most=1)[0]
-            draw.text((left + 22, line_y), line, INK, _font(15))
+def question_sheet(picture: Image.Image, number: int, captions: Sequence[str]) -> Image.Image:
+    """Returns a numbered picture, twice as large as on other sheets, with lettered captions."""
+    side = 2 * TILE
+    sheet, draw, top = _paper(
+        1, 1, side + 3 * PAD + OPTION, side + 2 * PAD, f"Question {number}",
+        "Which caption was the picture made for?",
+    )  # fmt: skip
+    _box(draw, MARGIN, top, side + 3 * PAD + OPTION, side + 2 * PAD)
+    sheet.paste(_enlarge(picture, side), (MARGIN + PAD, top + PAD))
+    left = MARGIN + side + 2 * PAD
+    for i, caption in enumerate(captions):
+        y = top + 2 * PAD + i * 46
+        draw.text((left, y), "ABCDE"[i], FAINT, _font(18))
+        line = wrap(caption, _font(18), OPTION - 26, most=1)[0]
+        draw.text((left + 26, y), line, INK, _font(18))
     return sheet
 
 
@@ -104,8 +101,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)  # type: ignore[return-value]  # given FreeType, always
 
 
-def _enlarge(picture: Image.Image) -> Image.Image:
-    return picture.resize((TILE, TILE), Image.Resampling.BICUBIC)
+def _enlarge(picture: Image.Image, side: int = TILE) -> Image.Image:
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _paper(
