@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.reference.released import write_experiment
 from unsee.cli import build_parser, main
@@ -40,14 +41,32 @@ def test_a_picture_that_does_not_decode_does_not_stop_a_training(
     assert (tmp_path / "vae" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("what", ["autoencoder", "text-to-image", "lora"])
+def test_a_decoder_is_trained_and_the_encoder_is_written_unchanged(
+    image_folder: Path, tiny_pipeline_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    vae, out = tiny_pipeline_dir / "vae", tmp_path / "out"
+    command = ["train", "decoder", str(image_folder), str(out), "--autoencoder", str(vae), *SHORT]
+    assert main(command) == 0
+    weights = "diffusion_pytorch_model.safetensors"
+    before, after = load_file(vae / weights), load_file(out / weights)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    record = json.loads((out / "training.json").read_text())
+    assert record["part"] == "decoder" and record["psnr_db"] != record["psnr_db_before"]
+    command[3] = str(vae)
+    assert main(command) == 2
+    assert "name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["autoencoder", "decoder", "text-to-image", "lora"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_every_training_takes_a_device(
     what: str, image_folder: Path, tiny_pipeline_dir: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     model = [str(tiny_pipeline_dir)] if what == "lora" else []
-    vae = ["--autoencoder", str(tiny_pipeline_dir / "vae")] if what == "text-to-image" else []
+    takes_one = what in ("decoder", "text-to-image")
+    vae = ["--autoencoder", str(tiny_pipeline_dir / "vae")] if takes_one else []
     command = ["train", what, *model, str(image_folder), str(tmp_path / "out"), *vae]
     assert main([*command, "--device", "cuda"]) == 2
     assert "device 'cuda' is not available here" in capsys.readouterr().err

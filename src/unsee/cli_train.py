@@ -1,4 +1,4 @@
-"""`unsee train`: autoencoder, text-to-image, LoRA."""
+"""`unsee train`: autoencoder, decoder, text-to-image, LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its three kinds."""
+    """Adds the command and its kinds."""
     train = commands.add_parser("train", help="train a small model, or fine-tune one with LoRA")
     kinds = train.add_subparsers(required=True, metavar="WHAT")
 
@@ -29,6 +29,13 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--kl-weight", type=float, default=1e-4)
     _add_optimization(command, steps=7000, batch_size=8, learning_rate=1e-3)
     command.set_defaults(run=_train_autoencoder)
+
+    command = kinds.add_parser("decoder", help="an autoencoder's decoder further; latents stay")
+    command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    command.add_argument("out", metavar="OUT", type=Path)
+    command.add_argument("--autoencoder", type=Path, required=True, help="an AutoencoderKL folder")
+    _add_optimization(command, steps=5000, batch_size=8, learning_rate=5e-4)
+    command.set_defaults(run=_train_decoder)
 
     command = kinds.add_parser("text-to-image", help="a latent diffusion pipeline, from scratch")
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
@@ -88,6 +95,19 @@ def _train_autoencoder(args: argparse.Namespace) -> None:
     print(
         commands.autoencoder(
             data, args.out, recipe, _optimization(args),
+            on_error="skip" if args.skip_bad else "raise", device=choose_device(args.device),
+        )
+    )  # fmt: skip
+
+
+def _train_decoder(args: argparse.Namespace) -> None:
+    from .models.loading import choose_device
+    from .training import commands
+
+    data = open_data(args.data, args.skip_bad)
+    print(
+        commands.decoder(
+            data, args.out, _optimization(args), autoencoder=args.autoencoder,
             on_error="skip" if args.skip_bad else "raise", device=choose_device(args.device),
         )
     )  # fmt: skip

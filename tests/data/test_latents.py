@@ -135,6 +135,18 @@ def test_another_autoencoder_is_another_cache(tiny_model, image_folder, tmp_path
     assert not torch.equal(before.latents([0]), after.latents([0]))
 
 
+def test_another_decoder_is_the_same_cache(tiny_model, image_folder, tmp_path, monkeypatch):
+    data, cache = load(image_folder), tmp_path / "cache"
+    before = encode_dataset(tiny_model, data, cache=cache)
+    vae = tiny_model.pipeline.vae
+    with torch.no_grad():
+        for part in (vae.post_quant_conv, vae.decoder):
+            next(part.parameters()).mul_(1.5)
+    monkeypatch.setattr(vae, "encode", None)  # not needed again
+    after = encode_dataset(tiny_model, data, cache=cache)
+    assert torch.equal(before.latents(range(12)), after.latents(range(12)))
+
+
 @pytest.mark.parametrize("length", [0, 20, -4])
 def test_a_damaged_shard_is_named(tiny_model, image_folder, tmp_path, length):
     data, cache = load(image_folder), tmp_path / "cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -31,6 +32,16 @@ def test_outcomes_are_of_this_data_set_and_these_queries(ids: list[str]) -> None
     assert latents.shape[0] == len(queries) == 40
     owns = [q["own"] for q in queries if q["own"] is not None]
     assert len(owns) == 20 and set(owns) <= {ids[r] for r in members}
+
+
+def test_the_encoder_is_the_one_that_every_outcome_was_made_with() -> None:
+    """Losses depend on latents, so on the encoder's every bit; the decoder may change."""
+    path = shipped().parent / "twemoji" / "vae" / "diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256()
+    for name, values in sorted(load_file(path).items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode() + values.tobytes())
+    assert digest.hexdigest()[:16] == "740df26e76baa5a6"
 
 
 def test_leaving_the_own_image_out_raises_the_loss(ids: list[str]) -> None:

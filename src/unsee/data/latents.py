@@ -158,13 +158,18 @@ def encode_dataset(
 
 
 def _encoder_key(model: Denoiser) -> str:
+    """Returns a hash of what latents depend on besides the pictures; the decoder does not count."""
     vae = getattr(model.pipeline, "vae", None)
     if vae is None:
         return "none"
-    digest = hashlib.sha256(str(sorted(dict(vae.config).items(), key=str)).encode())
+    config = {k: v for k, v in vae.config.items() if not k.startswith("_")}  # no paths, versions
+    digest = hashlib.sha256(str(sorted(config.items(), key=str)).encode())
     digest.update(str(model.resolution).encode())
-    for parameter in vae.parameters():
-        digest.update(parameter.detach().float().sum().cpu().numpy().tobytes())
+    for name, parameter in vae.named_parameters():
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            values = parameter.detach().cpu().contiguous().flatten()
+            digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from ..data.dataset import ImageDataset, OnError
 from .loop import BatchOrder, Optimization, seeded_weights, train
 
 logger = logging.getLogger(__name__)
+
+SMALLEST_ERROR = 1e-6
+"""Added to squared errors before their logarithm: a picture that is perfect, 66 dB, counts."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def train_autoencoder(
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return (decoded - target).square().mean() + recipe.kl_weight * kl
 
-    settings = {**dataclasses.asdict(recipe), "pixels": _fingerprint(pixels)}
+    settings = {**dataclasses.asdict(recipe), "pixels": _fingerprint([pixels])}
     order = BatchOrder(torch.arange(len(pixels)), optimization.batch_size, optimization.seed)
     train(model, loss_of, order, optimization, directory, settings)
     latents = encode(model, pixels)
@@ -134,8 +138,46 @@ def train_autoencoder(
     return model
 
 
-def _fingerprint(pixels: Tensor) -> str:
-    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
+def train_decoder(
+    model: AutoencoderKL, pixels: Tensor, optimization: Optimization, directory: Path
+) -> None:
+    """Trains the decoder of `model` further, in place, and leaves `model` in eval mode.
+
+    The encoder and the scaling factor stay as they are, to the bit: so do all latents, and
+    whatever was trained or computed on them stays valid. The loss is the mean logarithm of each
+    picture's squared error when it is decoded from its posterior mode: lower by 0.23 for every
+    decibel of mean PSNR.
+
+    Args:
+        model: a trained autoencoder in float32, on any device.
+        pixels: [N, 3, H, W] float32 in [-1, 1], on the CPU.
+        optimization: optimiser, seed, checkpoints.
+        directory: for the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another autoencoder, other settings or pixels, or
+            see `unsee.training.loop.train`.
+    """
+    latents = encode(model, pixels)
+    weights = [p.detach().cpu() for p in model.parameters()]
+    settings = {"autoencoder": _fingerprint(weights), "pixels": _fingerprint([pixels])}
+
+    def loss_of(positions: Tensor, _generator: torch.Generator) -> Tensor:
+        decoded = model.decode(latents[positions].to(model.device)).sample
+        error = (decoded - pixels[positions].to(model.device)).square().mean(dim=(1, 2, 3))
+        return (error + SMALLEST_ERROR).log().mean()
+
+    parts = [p for p in (model.post_quant_conv, model.decoder) if p is not None]
+    parameters = [p for part in parts for p in part.parameters()]
+    order = BatchOrder(torch.arange(len(pixels)), optimization.batch_size, optimization.seed)
+    train(model, loss_of, order, optimization, directory, settings, parameters)
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

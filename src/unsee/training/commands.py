@@ -18,7 +18,7 @@ from ..draws import Draws
 from ..files import write_atomically
 from ..models.loading import load_lora
 from ..models.unet import UNetDenoiser
-from .autoencoder import AutoencoderRecipe, load_pixels, psnr, train_autoencoder
+from .autoencoder import AutoencoderRecipe, load_pixels, psnr, train_autoencoder, train_decoder
 from .loop import Optimization
 from .lora import train_lora
 from .pipeline import assemble_pipeline, load_text_encoder
@@ -55,6 +55,42 @@ def autoencoder(
     model.save_pretrained(out)
     quality = psnr(model, pixels)
     _record(out, data, recipe, optimization, psnr_db=float(quality.mean()))
+    return out
+
+
+def decoder(
+    data: ImageDataset,
+    out: Path,
+    optimization: Optimization,
+    *,
+    autoencoder: Path,
+    on_error: OnError = "raise",
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Trains the decoder of an autoencoder further and saves the whole in `out`; returns `out`.
+
+    Args:
+        data: the pictures; captions are not looked at.
+        out: folder of the autoencoder with the new decoder, and of the checkpoint.
+        optimization: optimiser, seed, checkpoints.
+        autoencoder: folder of a trained `AutoencoderKL`; nothing is written there.
+        on_error: what to do with pictures that cannot be read.
+        device: where to train.
+
+    Raises:
+        ValueError: the autoencoder does not load, `out` is its folder, or see
+            `unsee.training.autoencoder.train_decoder`.
+    """
+    if out.resolve() == autoencoder.resolve():
+        raise ValueError(f"autoencoder {str(autoencoder)!r} is where to write: name another folder")
+    model = _load_autoencoder(autoencoder).float().to(device)  # type: ignore[arg-type]
+    pixels = load_pixels(data, int(model.config["sample_size"]), on_error)
+    before = psnr(model, pixels)
+    train_decoder(model, pixels, optimization, out)
+    model.save_pretrained(out)
+    after = psnr(model, pixels)
+    _record(out, data, None, optimization, part="decoder", psnr_db_before=float(before.mean()),
+            psnr_db=float(after.mean()))  # fmt: skip
     return out
 
 
