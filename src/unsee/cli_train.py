@@ -34,7 +34,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("out", metavar="OUT", type=Path)
     command.add_argument("--autoencoder", type=Path, required=True, help="an AutoencoderKL folder")
-    _add_optimization(command, steps=5000, batch_size=8, learning_rate=5e-4)
+    _add_optimization(command, steps=3000, batch_size=8, learning_rate=5e-4)
     command.set_defaults(run=_train_decoder)
 
     command = kinds.add_parser("text-to-image", help="a latent diffusion pipeline, from scratch")
