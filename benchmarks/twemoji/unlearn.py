@@ -19,7 +19,7 @@ from unsee.curvature.diagonal import DiagonalFisher
 from unsee.curvature.kfac import EKFAC
 from unsee.draws import Draws
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
-from unsee.methods.unlearning import AbU, Change
+from unsee.methods.unlearning import Change, ForwardAbU
 from unsee.query import Query
 
 SETTINGS = (
@@ -56,7 +56,7 @@ def wanted(benchmark: Benchmark, count: int, tuning: bool) -> list[Query]:
     return [benchmark.queries[r] for r in order[:count]]
 
 
-def attribute(method: AbU, query: Query, folders: dict[Change, Path]) -> None:
+def attribute(method: ForwardAbU, query: Query, folders: dict[Change, Path]) -> None:
     """Writes the scores of each comparison that is not there yet."""
     missing = {c: f for c, f in folders.items() if not (f / f"{query.id}.parquet").is_file()}
     if not missing:
@@ -87,7 +87,7 @@ def main() -> None:
     settings = [s for s in SETTINGS if not arguments.rises or s[3] in arguments.rises]
     bar = tqdm(total=len(settings) * len(queries))
     for name, kind, damping, rise in settings:
-        method = AbU(
+        method = ForwardAbU(
             benchmark.model, benchmark.data, curvature_of(benchmark, work, kind),
             rise=rise, damping=damping, draws=Draws(seed=0, n=arguments.draws),
             query_draws=Draws(seed=1, n=128), cache=work / "losses",

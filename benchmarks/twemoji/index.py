@@ -1,0 +1,135 @@
+"""Scores the benchmark's queries from an index, and says what the index gives up: python
+benchmarks/twemoji/index.py WORK
+
+Writes WORK/scores/index, METHOD, damping D.npy for judge.py, and index.json: rank correlation of
+the stored scores with unquantised float64 ones, and of first order with real unlearning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unsee.draws import Draws
+from unsee.evaluation.metrics import spearman
+from unsee.evaluation.twemoji import Benchmark, load_benchmark
+from unsee.index.build import MEASURES
+from unsee.index.factors import dequantise
+from unsee.index.fit import CurvatureName
+from unsee.index.index import Index
+from unsee.methods.base import Scores
+from unsee.methods.indexed import AbU, query_gradients
+
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+CURVATURES: tuple[CurvatureName, ...] = ("ekfac", "kfac", "diagonal", "diagonal_per_draw")
+QUERY_DRAWS = Draws(seed=1, n=256)
+FIDELITY_EXAMPLES = 320
+"""Of the index without quantisation, which is five times as large."""
+
+
+def scores(benchmark: Benchmark, index: Index, work: Path) -> None:
+    """Writes the scores of both columns, and of their sum, by damping."""
+    for damping in DAMPINGS:
+        for name, columns in (("loss", ["factors"]), ("output norm", ["outputs"]),
+                              ("loss + output norm", None)):  # fmt: skip
+            method = AbU(index, "ekfac", damping, columns, query_draws=QUERY_DRAWS)
+            found = np.stack([s.values for s in method.attribute_many(benchmark.queries)])
+            np.save(work / "scores" / f"index, EK-FAC {name}, damping {damping:g}.npy", found)
+
+
+def exact(index: Index, method: AbU, query) -> np.ndarray:
+    """Returns the first-order scores [N] of the column `factors` in float64, from whole
+    directions: slow and obvious."""
+    gradient = query_gradients(index, query, method.query_draws, [MEASURES["factors"]])["loss"]
+    curvature = index.curvature(method.curvature, "factors")
+    mean = {n: g.double() for n, g in gradient.mean.items()}
+    direction = curvature.precondition(mean, method.damping)
+    parts = []
+    for shard in index.shards():
+        factors = dequantise(index.factors("factors", shard), index.layers)[0].mean(1).double()
+        text = index.text(shard).double()
+        split = factors.split([la.channels for la in index.layers], dim=-1)
+        parts.append(sum(((m.mT @ text) * direction[la.name]).sum((1, 2))
+                         for la, m in zip(index.layers, split, strict=True)))  # fmt: skip
+    return torch.cat(parts).numpy()
+
+
+def fidelity(benchmark: Benchmark, work: Path, queries: int) -> list[dict]:
+    """Compares what is stored and scanned with unquantised float64, by curvature and damping."""
+    ids = benchmark.data.ids[:: len(benchmark.data.ids) // FIDELITY_EXAMPLES]
+    few = benchmark.data.select(ids)
+    indices = {s: Index.build(work / f"index-{s}", benchmark.model, few, ("factors",),
+                              storage=s) for s in ("float32", "int8", "float16")}  # fmt: skip
+    rows = []
+    for curvature in CURVATURES:
+        for damping in DAMPINGS:
+            asked = [benchmark.queries[i] for i in np.linspace(0, 39, queries).astype(int)]
+            plain = AbU(indices["float32"], curvature, damping, ["factors"],
+                        query_draws=Draws(1, 64))  # fmt: skip
+            truth = [exact(indices["float32"], plain, q) for q in asked]
+            row = {"curvature": curvature, "damping": damping}
+            for storage, tolerance in (("float32", 0.0), ("float16", 1e-4), ("int8", 0.0),
+                                       ("int8", 1e-4), ("int8", 1e-3)):  # fmt: skip
+                method = AbU(indices[storage], curvature, damping, ["factors"],
+                             query_draws=Draws(1, 64), tolerance=tolerance)  # fmt: skip
+                got = [method.attribute(q).values for q in asked]
+                r = [float(spearman(a, b)) for a, b in zip(got, truth, strict=True)]
+                row[f"{storage}, tolerance {tolerance:g}"] = [min(r), float(np.mean(r))]
+            rows.append(row)
+            print(row, flush=True)
+    sizes = {s: i.nbytes["factors"] / len(ids) for s, i in indices.items()}
+    return [{"bytes_an_example": sizes, "examples": len(ids), "queries": queries}, *rows]
+
+
+def against_unlearning(benchmark: Benchmark, index: Index, work: Path) -> list[dict]:
+    """Compares first order with the scores that unlearn.py left, whose draws are others."""
+    rows = []
+    for folder in sorted((work / "unlearned").glob("*rise*")):
+        kind: CurvatureName = "ekfac" if "EK-FAC" in folder.name else "diagonal_per_draw"
+        if "identity" in folder.name:
+            kind = "identity"
+        damping = 0.0 if "published" in folder.name else 0.1
+        asked = [q for q in benchmark.queries if (folder / f"{q.id}.parquet").is_file()]
+        if len(asked) < 2 or "ratio" in folder.name or "timestep" in folder.name:
+            continue
+        method = AbU(index, kind, damping, ["factors"], query_draws=QUERY_DRAWS)
+        r = []
+        for query, first in zip(asked, method.attribute_many(asked), strict=True):
+            unlearned = Scores.load(folder / f"{query.id}.parquet")
+            place = {i: row for row, i in enumerate(unlearned.ids)}
+            r.append(float(spearman(first.values,
+                                    unlearned.values[[place[i] for i in first.ids]])))  # fmt: skip
+        rows.append({"method": folder.name, "queries": len(asked), "mean": float(np.mean(r)),
+                     "deviation": float(np.std(r, ddof=1))})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--queries", type=int, default=4, help="of the comparison with float64")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "index.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    work = arguments.work
+    benchmark = load_benchmark(work / "encoded")
+    index = Index.build(
+        work / f"index-{arguments.draws}", benchmark.model, benchmark.data,
+        draws=Draws(0, arguments.draws),
+    )  # fmt: skip
+    size = {c: n / len(index.ids) for c, n in index.nbytes.items()}
+    report: dict = {"draws": arguments.draws, "bytes_an_example": size}
+    scores(benchmark, index, work)
+    report["against_float64"] = fidelity(benchmark, work, arguments.queries)
+    report["against_unlearning"] = against_unlearning(benchmark, index, work)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
