@@ -19,7 +19,7 @@ from gradients import SEED_DRAWS, journeys, matrices, query_functionals, second_
 
 from unsee.curvature.kfac import EKFAC
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
-from unsee.methods.combine import combined_values
+from unsee.methods.combine import combined_values, sharpened
 from unsee.methods.example_gradients import GradientMatrix, Measure
 from unsee.methods.influence import influence_scores, second_order_scores
 from unsee.methods.similarity import similarity_scores
@@ -175,6 +175,12 @@ SUMS = {
     ),
 }
 
+SHARPENED = (
+    "influence, EK-FAC averaged", "influence, diagonal per draw", "output norm, EK-FAC",
+    "D-TRAK, K and V", "D-TRAK, all parameters", "TRAK, K and V",
+)  # fmt: skip
+POWERS = (1.25, 1.5, 2.0)
+
 
 def combined(work: Path) -> Scored:
     """Sums of scores: what the query's loss says, and what its output says."""
@@ -182,6 +188,19 @@ def combined(work: Path) -> Scored:
         loaded = [np.load(work / "scores" / f"{p.format(damping)}.npy").T for p in parts]
         yield f"{name}, damping {damping:g}", combined_values(loaded)
         yield f"{name}, ranks, damping {damping:g}", combined_values(loaded, "ranks")
+        for power in POWERS:
+            scores = combined_values(loaded, power=power)
+            yield f"{name}, sharpened, damping {damping:g}, power {power:g}", scores
+
+
+def sharper(work: Path) -> Scored:
+    """Single methods to a power: the order of the examples stays, their sums over sets do not."""
+    for name in SHARPENED:
+        for path in sorted((work / "scores").glob(f"{name}, [dr]*.npy")):
+            for power in POWERS:
+                setting = path.stem.removeprefix(f"{name}, ")
+                scores = sharpened(np.load(path).T, power)
+                yield f"{name}, sharpened, {setting}, power {power:g}", scores
 
 
 def similarities(benchmark: Benchmark) -> Scored:
@@ -215,6 +234,7 @@ def main() -> None:
         "journey": lambda: along_journeys(benchmark, work),
         "seeds": lambda: seeds(benchmark, work),
         "combined": lambda: combined(work),
+        "sharpened": lambda: sharper(work),
     }
     chosen = [families[m]() for m in arguments.methods or families]
     for method, scores in itertools.chain.from_iterable(chosen):

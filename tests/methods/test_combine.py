@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import rankdata
 
 from unsee.methods.base import Scores
-from unsee.methods.combine import combine, combined_values
+from unsee.methods.combine import combine, combined_values, sharpened
 
 A = np.array([3.0, -1.0, 2.0, 2.0])
 B = np.array([100.0, 300.0, 0.0, -50.0])
@@ -47,6 +47,18 @@ def test_scores_are_matched_by_id() -> None:
     assert got.values.tolist() == ((A + B) / 2).tolist()
     assert got.method == "one + two"
     assert got.settings["parts"][1] == {"method": "two", "settings": {"a": 1}}
+
+
+def test_sharpened_scores_keep_sign_and_order() -> None:
+    got = sharpened(A, 1.5)
+    assert got == pytest.approx([3**1.5, -1, 2**1.5, 2**1.5], rel=1e-12)
+    assert np.argsort(got, kind="stable").tolist() == np.argsort(A, kind="stable").tolist()
+    assert combined_values([A, B], "plain", power=2) == pytest.approx(
+        (A * np.abs(A) + B * np.abs(B)) / 2, rel=1e-12
+    )
+    assert combine([scores(A)], "plain", power=2).settings["power"] == 2
+    with pytest.raises(ValueError, match="power = 0"):
+        sharpened(A, 0)
 
 
 def test_what_cannot_be_combined_is_refused() -> None:

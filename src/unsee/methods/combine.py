@@ -20,7 +20,10 @@ scores must not lead.
 
 
 def combine(
-    parts: Sequence[Scores], how: How = "standardised", weights: Sequence[float] | None = None
+    parts: Sequence[Scores],
+    how: How = "standardised",
+    weights: Sequence[float] | None = None,
+    power: float = 1.0,
 ) -> Scores:
     """Adds up several scores of one query.
 
@@ -29,6 +32,7 @@ def combine(
         how: what is added up. Of the standardised and of ranks, zero no longer divides
             proponents from opponents: only differences mean something.
         weights: of the parts; equal by default. The sum is divided by the sum of the weights.
+        power: see `sharpened`; of the parts, before they are added up.
 
     Returns:
         Scores in the order of the first part. `settings` holds those of every part.
@@ -52,14 +56,33 @@ def combine(
     settings = {
         "how": how,
         "weights": None if weights is None else [float(w) for w in weights],
+        "power": power,
         "parts": [{"method": p.method, "settings": p.settings} for p in parts],
     }
     method = " + ".join(p.method for p in parts)
-    return Scores(first.ids, combined_values(rows, how, weights), method, settings, first.query)
+    values = combined_values(rows, how, weights, power)
+    return Scores(first.ids, values, method, settings, first.query)
+
+
+def sharpened(values: np.ndarray, power: float) -> np.ndarray:
+    """Returns scores to a power, with their sign: above 1, large scores stand out more.
+
+    Many small scores are noise, and a sum of them over a set of examples is more noise. The order
+    of the examples stays; sums over sets, and sums with other scores, do not.
+
+    Raises:
+        ValueError: the power is not positive.
+    """
+    if not power > 0:
+        raise ValueError(f"sharpened: power = {power} must be positive")
+    return np.sign(values) * np.abs(values) ** power
 
 
 def combined_values(
-    parts: Sequence[np.ndarray], how: How = "standardised", weights: Sequence[float] | None = None
+    parts: Sequence[np.ndarray],
+    how: How = "standardised",
+    weights: Sequence[float] | None = None,
+    power: float = 1.0,
 ) -> np.ndarray:
     """Adds up arrays of scores [N] or [N, Q], examples first; see `combine`.
 
@@ -76,7 +99,8 @@ def combined_values(
     if len(weights) != len(parts) or not sum(weights) > 0:
         raise ValueError(f"combine: weights {weights} for {len(parts)} scores")
     prepared = {"plain": np.asarray, "standardised": _standardised, "ranks": _ranks}[how]
-    total = sum(w * prepared(p.astype(np.float64)) for w, p in zip(weights, parts, strict=True))
+    sharp = [sharpened(p.astype(np.float64), power) for p in parts]
+    total = sum(w * prepared(p) for w, p in zip(weights, sharp, strict=True))
     return np.asarray(total) / sum(weights)
 
 
