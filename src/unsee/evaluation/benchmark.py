@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..draws import stable_seed
@@ -114,8 +115,8 @@ def read_outcomes(path: Path, ids: Sequence[str], query_ids: Sequence[str]) -> O
         query_ids: of the benchmark's queries, in order.
 
     Raises:
-        ValueError: no such file, outcomes of other queries or another data set, or a loss that
-            is missing or not finite.
+        ValueError: no such file, a column that is missing, outcomes of other queries or another
+            data set, or a loss that is missing or not finite.
     """
     if not path.is_file():
         raise ValueError(f"outcomes {str(path)!r}: no such file; make them with benchmarks/twemoji")
@@ -126,6 +127,7 @@ def read_outcomes(path: Path, ids: Sequence[str], query_ids: Sequence[str]) -> O
             f"outcomes {str(path)!r} are of another data set (examples {made_of or 'unknown'}, "
             f"here {here}): install the version of the data that the benchmark names"
         )
+    _check_columns(table, path)
     column = {q: i for i, q in enumerate(query_ids)}
     runs = {r.name: r for r in plan(ids)}
     sums: dict[str, np.ndarray] = {}
@@ -135,13 +137,29 @@ def read_outcomes(path: Path, ids: Sequence[str], query_ids: Sequence[str]) -> O
             what = row["query"] if row["query"] not in column else row["run"]
             raise ValueError(f"outcomes {str(path)!r}: {what!r} is not of this benchmark")
         at = column[row["query"]]
-        sums.setdefault(row["run"], np.zeros(len(column)))[at] += row["loss"]
+        sums.setdefault(row["run"], np.zeros(len(column)))[at] += (
+            np.nan if row["loss"] is None else row["loss"]
+        )
         counts.setdefault(row["run"], np.zeros(len(column)))[at] += 1
     means = {name: sums[name] / np.maximum(counts[name], 1) for name in sums}
     for name, mean in means.items():
         if not np.isfinite(mean).all() or not counts[name].all():
             raise ValueError(f"outcomes {str(path)!r}: run {name} has no finite loss of a query")
     return _arranged(means, runs, len(ids))
+
+
+def _check_columns(table: pa.Table, path: Path) -> None:
+    """Refuses a table without the columns of outcomes."""
+    numbers = pa.types.is_floating, pa.types.is_integer
+    text = pa.types.is_string, pa.types.is_large_string
+    for name, kind, fits in (
+        ("run", "text", text), ("query", "text", text), ("loss", "numbers", numbers),
+    ):  # fmt: skip
+        if name not in table.column_names:
+            raise ValueError(f"outcomes {str(path)!r}: there is no column {name!r}")
+        found = table.schema.field(name).type
+        if not any(fit(found) for fit in fits):
+            raise ValueError(f"outcomes {str(path)!r}: column {name!r} holds {found}, not {kind}")
 
 
 def _arranged(means: dict[str, np.ndarray], runs: dict[str, Run], examples: int) -> Outcomes:

@@ -61,7 +61,7 @@ def compare(
 
     Raises:
         ValueError: no such folder or file, scores of a query that the outcomes lack, an example
-            without a score, no query that all methods scored, or see `lds_interval`.
+            without a score, equal scores, no query that all methods scored, or see `lds_interval`.
     """
     all_queries = _queries_of(outcomes)
     made = read_outcomes(outcomes, ids, all_queries)
@@ -100,7 +100,8 @@ def _queries_of(outcomes: Path) -> list[str]:
     try:
         names = pq.read_table(outcomes, columns=["query"])["query"].to_pylist()
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"outcomes {str(outcomes)!r}: cannot be read ({error})") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"outcomes {str(outcomes)!r}: cannot be read ({reason})") from None
     return list(dict.fromkeys(names))
 
 
@@ -138,5 +139,10 @@ def _scores(
             raise ValueError(
                 f"scores {str(files[query])!r}: no score of "
                 f"{ids[int(np.argmax(missing & needed))]!r}, which models were trained on"
+            )
+        told = values[row, needed]
+        if len(told) and told.min() == told.max():
+            raise ValueError(
+                f"scores {str(files[query])!r}: all are equal, so they predict nothing"
             )
     return np.where(np.isnan(values), 0.0, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,13 +126,22 @@ class Scores:
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"scores {str(path)!r}: cannot be read ({error})") from None
         about = json.loads((table.schema.metadata or {}).get(b"unsee", b"{}"))
-        if "method" not in about:
-            raise ValueError(f"scores {str(path)!r}: not a score file of unsee")
-        values = table["score"].to_numpy()
-        errors = table["error"].to_numpy() if "error" in table.column_names else None
-        return cls(
-            table["id"].to_pylist(), values, about["method"], about["settings"], errors=errors
-        )
+        try:
+            ids = table["id"].cast(pa.string()).to_pylist()
+            values = table["score"].cast(pa.float64()).to_numpy()
+            errors = None
+            if "error" in table.column_names:
+                errors = table["error"].cast(pa.float64()).to_numpy()
+            method, settings = about["method"], about["settings"]
+        except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise ValueError(f"scores {str(path)!r}: not a score file of unsee") from None
+        if len(set(ids)) < len(ids):
+            twice = next(i for i, n in Counter(ids).items() if n > 1)
+            raise ValueError(f"scores {str(path)!r}: {twice!r} has two scores")
+        try:
+            return cls(ids, values, method, settings, errors=errors)
+        except ValueError as error:
+            raise ValueError(f"scores {str(path)!r}: {error}") from None
 
 
 class Attributor(Protocol):
