@@ -47,6 +47,8 @@ from .layout import (
 from .table import read_ids, write_table
 
 DEFAULT_COLUMNS = ("loss", "factors", "outputs")
+MEMORY_BYTES = 500_000_000
+"""Of shards that are kept after they were read."""
 
 
 class Index:
@@ -74,6 +76,7 @@ class Index:
                 "`unsee index` again to finish it"
             )
         self.ids: list[str] = ids
+        self._memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     # -- making -----------------------------------------------------------------------------
 
@@ -302,7 +305,16 @@ class Index:
         return Quantised(tensors["values"], tensors["scales"])
 
     def _column(self, column: str, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return read_shard(self.path, self.manifest, column, shard)
+        """Reads a shard, or finds it in memory: what is read often is read, and checked, once."""
+        key = column, shard.name
+        if key in self._memory:
+            self._memory[key] = self._memory.pop(key)  # the last used is forgotten last
+            return self._memory[key]
+        found = read_shard(self.path, self.manifest, column, shard)
+        self._memory[key] = found
+        while len(self._memory) > 1 and _size(self._memory) > MEMORY_BYTES:
+            self._memory.pop(next(iter(self._memory)))
+        return found
 
     def curvature(
         self, name: CurvatureName = "ekfac", column: str = "factors"
@@ -324,6 +336,10 @@ class Index:
         with _writing(self.path):
             fitted.save(path)
         return fitted
+
+
+def _size(memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]]) -> int:
+    return sum(t.nbytes for tensors, _ in memory.values() for t in tensors.values())
 
 
 def missing_shards(path: Path, manifest: Manifest) -> int:
