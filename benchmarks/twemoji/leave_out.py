@@ -30,10 +30,12 @@ from unsee.evaluation.benchmark import Run, fingerprint_of
 from unsee.evaluation.deviation import measure_outcome
 from unsee.evaluation.leave_out import (
     FULL,
+    TOGETHER,
     Removal,
     count_of,
     leave_out_effects,
     plan_removals,
+    plan_together,
     table_of,
 )
 from unsee.evaluation.twemoji import Benchmark, load_benchmark, shipped
@@ -64,7 +66,7 @@ def run_name(removal: Removal) -> str:
 
 
 def planned(benchmark: Benchmark, work: Path, methods: list[str], k: int, count: int,
-            random: int) -> list[Removal]:  # fmt: skip
+            random: int, together: bool) -> list[Removal]:  # fmt: skip
     """Returns the trainings of one K; decoys in a ranking are passed over."""
     found = stored(work, benchmark)
     ids = np.array(benchmark.data.ids)
@@ -79,7 +81,8 @@ def planned(benchmark: Benchmark, work: Path, methods: list[str], k: int, count:
                 raise SystemExit(f"{method!r} has no scores of {query}")
             best = np.argsort(-values, kind="stable")
             orders[method][query] = ids[best[benchmark.members[best]]].tolist()
-    return plan_removals(orders, ids[benchmark.members].tolist(), k, random=random)
+    plan = plan_together if together else plan_removals
+    return plan(orders, ids[benchmark.members].tolist(), k, random=random)
 
 
 @cache  # once in each process
@@ -93,7 +96,7 @@ def measured(benchmark: Benchmark, **about: Any) -> list[Row]:
             for q in benchmark.queries]  # fmt: skip
 
 
-def train_and_measure(removal: Removal, k: int, work: Path) -> list[Row]:
+def train_and_measure(removal: Removal, k: int, work: Path, count: int) -> list[Row]:
     """Trains one model, unless it is there, and returns its rows."""
     torch.set_num_threads(1)
     benchmark = benchmark_of(work)
@@ -105,7 +108,11 @@ def train_and_measure(removal: Removal, k: int, work: Path) -> list[Row]:
     train_one(run, work)
     weights = network(work / run.name / "unet.safetensors").state_dict()
     benchmark.model.network.load_state_dict(weights)
-    return measured(benchmark, run=name, method=removal.method, k=k, removed_for=removal.query)
+    rows = measured(benchmark, run=name, method=removal.method, k=k, removed_for=removal.query)
+    if removal.query == TOGETHER:
+        asked = {benchmark.queries[q].id for q in asked_queries(benchmark, count)}
+        rows = [{**r, "removed_for": r["query"]} for r in rows if r["query"] in asked]
+    return rows
 
 
 def main() -> None:
@@ -115,6 +122,10 @@ def main() -> None:
     parser.add_argument("--k", nargs="*", default=["2%"], help="numbers, or shares of the members")
     parser.add_argument("--queries", type=int, default=10, help="judged queries")
     parser.add_argument("--random", type=int, default=4, help="random removals for each K")
+    parser.add_argument(
+        "--together", action="store_true",
+        help="one training for each method: K examples are removed for all queries at once",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="trainings at most")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=shipped() / "left_out.parquet")
@@ -128,7 +139,8 @@ def main() -> None:
     done = {(r["k"], r["run"]) for r in rows}
     todo = []
     for k in (count_of(text, int(benchmark.members.sum())) for text in arguments.k):
-        plan = planned(benchmark, work, arguments.methods, k, arguments.queries, arguments.random)
+        plan = planned(benchmark, work, arguments.methods, k, arguments.queries,
+                       arguments.random, arguments.together)  # fmt: skip
         todo += [(removal, k) for removal in plan if (k, run_name(removal)) not in done]
     print(f"{len(done)} models are measured, {len(todo)} are to train")
 
@@ -141,10 +153,13 @@ def main() -> None:
         add(measured(benchmark, run=FULL, method=FULL, k=0, removed_for=""))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
-        futures = [pool.submit(train_and_measure, removal, k, work)
+        futures = [pool.submit(train_and_measure, removal, k, work, arguments.queries)
                    for removal, k in todo[: arguments.limit]]  # fmt: skip
         for future in tqdm(as_completed(futures), total=len(futures), unit="model"):
-            add(future.result())
+            if (error := future.exception()) is not None:
+                print(f"a training failed, the others go on: {error!r}", flush=True)
+            else:
+                add(future.result())
     print("\n".join(table_of(leave_out_effects(rows))))
 
 

@@ -4,9 +4,11 @@ import pytest
 from unsee.evaluation.intervals import counterfactual_effect
 from unsee.evaluation.leave_out import (
     MEASURES,
+    RANDOM,
     count_of,
     leave_out_effects,
     plan_removals,
+    plan_together,
     table_of,
 )
 
@@ -135,3 +137,17 @@ def test_effects_of_a_part(rows, values):
     assert leave_out_effects([r for r in rows if r["method"] == "none"]) == []
     with pytest.raises(ValueError, match="'a' was not measured under the full model"):
         leave_out_effects([r for r in rows if r["method"] != "none"])
+
+
+def test_together_every_method_removes_as_many_in_turns_over_queries() -> None:
+    ids = [f"i{n}" for n in range(20)]
+    orders = {
+        "alike": {"a": ids[:10], "b": ids[:10]},
+        "apart": {"a": ids[:10], "b": ids[10:]},
+    }
+    random, alike, apart = plan_together(orders, ids, 6, random=1)
+    assert random.method == RANDOM and len(set(random.ids)) == 6
+    assert set(alike.ids) == set(ids[:6])
+    assert apart.ids == ("i0", "i10", "i1", "i11", "i2", "i12")
+    with pytest.raises(ValueError, match="name 10 different"):
+        plan_together({"alike": orders["alike"]}, ids, 12)

@@ -15,6 +15,9 @@ from .intervals import Estimate, counterfactual_effect, mean_interval
 FULL, RANDOM = "none", "random"
 """Names, in place of a method's, of the model on everything and of random removal."""
 
+TOGETHER = "together"
+"""Name, in place of a query's, of removal for all queries at once."""
+
 MEASURES = ("loss", "mse", "ssim", "latent_cosine")
 """Columns of outcomes, see `deviation.Outcome`."""
 
@@ -100,6 +103,48 @@ def plan_removals(
         twice = next(n for n in names if names.count(n) > 1)
         raise ValueError(f"leave out: two runs would be called {twice!r}: rename a method or query")
     return runs
+
+
+def plan_together(
+    orders: Mapping[str, Mapping[str, Sequence[str]]],
+    ids: Sequence[str],
+    total: int,
+    *,
+    random: int = 2,
+    seed: int = 0,
+) -> list[Removal]:
+    """Returns one training for each method, without what it names for all queries together.
+
+    The queries' first examples are taken, then their second ones, until `total` different ones are
+    removed: every method removes as many, however much its rankings overlap. One training then
+    says something of every query, in the manner of MUCS's evaluation; but what is removed for
+    one query counts for the others too.
+
+    Args:
+        orders: method -> query -> ids, most influential first; every method has all queries.
+        ids: of all examples that the model was trained on.
+        total: how many are removed.
+        random: how many random sets of as many.
+        seed: of the random sets.
+
+    Raises:
+        ValueError: see `plan_removals`; or the rankings do not name so many.
+    """
+    found = plan_removals({}, ids, total, random=random, seed=seed)
+    for method, of_query in orders.items():
+        removed: dict[str, None] = {}
+        for place in zip(*of_query.values(), strict=False):
+            for identifier in place:
+                if len(removed) < total:
+                    removed[identifier] = None
+        if len(removed) < total or not set(removed) <= set(ids):
+            raise ValueError(
+                f"leave out: the rankings of {method!r} name {len(removed)} different examples "
+                f"that were trained on, not {total}"
+            )
+        name = f"{TOGETHER}--{_plain(method)}"
+        found.append(Removal(name, method, TOGETHER, tuple(removed)))
+    return found
 
 
 def _random(ids: Sequence[str], k: int, seed: int, number: int) -> tuple[str, ...]:
