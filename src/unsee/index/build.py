@@ -221,7 +221,7 @@ def _columns(
     [views, captions of all examples, 2, T, channels].
     """
     layers, draws = layers_of(manifest), draws_of(manifest)
-    wanted = {c: MEASURES[c] for c in columns if c in MEASURES}
+    wanted: dict[str, Measure] = {c: MEASURES[c] for c in columns if c in MEASURES}
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     losses = []
     for flipped in (False, True)[: manifest.settings["views"]]:

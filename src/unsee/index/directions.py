@@ -150,8 +150,8 @@ class _Decomposed:
     @classmethod
     def of(cls, halves: Tensor, moments: Moments) -> _Decomposed:
         weighted = moments.rotate(halves.float()) * moments.outputs[:, None] * moments.inputs
-        sides = torch.linalg.svd(torch.cat(list(weighted), dim=1), full_matrices=False)
-        return cls(*sides, moments)
+        u, s, v = torch.linalg.svd(torch.cat(list(weighted), dim=1), full_matrices=False)
+        return cls(u, s, v, moments)
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """Returns [channels, rank] and [2, rank, width], without the weights."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def text_layers(model: Denoiser) -> list[Layer]:
 
 def _inputs(model: Denoiser, owners: dict[str, nn.Linear]) -> tuple[dict[str, Tensor], Tensor]:
     """Returns what each layer sees of one example with a made-up text state, and that state."""
-    config = model.network.config
+    config: Any = model.network.config
     size = config["sample_size"]
     h, w = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
