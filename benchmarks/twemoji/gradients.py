@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from measure import network
 
+from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
 from unsee.files import write_atomically
@@ -24,6 +25,7 @@ from unsee.methods.example_gradients import (
 )
 from unsee.methods.forward import load_array, save_array
 from unsee.methods.journey import journey_gradients
+from unsee.models.guided import GuidedDenoiser
 from unsee.models.unet import UNetDenoiser
 
 EXAMPLE_DRAWS = Draws(seed=0, n=32)
@@ -71,6 +73,31 @@ def query_functionals(benchmark: Benchmark, work: Path, names: list[str]) -> Gra
         model, QueryExamples(copies), Draws(seed=1, n=16), measure="gauss_newton",
         cache=work / "gradients",
     )  # fmt: skip
+
+
+def guided(benchmark: Benchmark, work: Path, measure: Measure, names: list[str]) -> GradientMatrix:
+    """Returns the gradients of the queries' guided predictions, in some of the parameters."""
+    model = UNetDenoiser(benchmark.model.network, benchmark.model.schedule, names)
+    null = benchmark.model.encode_prompts([""])[0]
+    scale = benchmark.queries[0].provenance["guidance_scale"]
+    return example_gradients(
+        GuidedDenoiser(model, null, scale), QueryExamples(benchmark.queries), Draws(seed=1, n=128),
+        measure=measure, cache=work / "gradients",
+    )  # fmt: skip
+
+
+def without_captions(
+    benchmark: Benchmark, work: Path, measure: Measure, names: list[str]
+) -> GradientMatrix:
+    """Returns the gradients of the examples with the empty caption, as a tenth of the training
+    saw them."""
+    model = UNetDenoiser(benchmark.model.network, benchmark.model.schedule, names)
+    data, null = benchmark.data, benchmark.model.encode_prompts([""])
+    rows = list(range(len(data.ids)))
+    empty = EncodedDataset(data.ids, data.latents(rows), null, [[0]] * len(rows))
+    return example_gradients(
+        model, empty, Draws(seed=0, n=8), measure=measure, cache=work / "gradients"
+    )
 
 
 def journeys(

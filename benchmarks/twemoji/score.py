@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from curvatures import Fitted, averaged, curvatures, gauss_newton, kv_names, refitted
-from gradients import SEED_DRAWS, journeys, matrices, query_functionals, second_seed
+from gradients import (
+    SEED_DRAWS,
+    guided,
+    journeys,
+    matrices,
+    query_functionals,
+    second_seed,
+    without_captions,
+)
 
 from unsee.curvature.kfac import EKFAC
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
@@ -30,6 +38,8 @@ Scored = Iterator[tuple[str, np.ndarray]]
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
+CAPTION_DROPOUT = 0.1
+"""Of the benchmark's training."""
 
 
 def keys_and_values(
@@ -132,14 +142,43 @@ def along_journeys(benchmark: Benchmark, work: Path) -> Scored:
         yield from damped(f"{what} along the journey", examples, queries, found)
 
 
+def guidances(benchmark: Benchmark, work: Path) -> Scored:
+    """The queries measured by their guided predictions."""
+    basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
+    for measure, name in (("loss", "influence"), ("output_norm", "output norm")):
+        examples, _ = keys_and_values(benchmark, work, measure)
+        curvature = refitted(basis, examples, benchmark.members)
+        asked = guided(benchmark, work, measure, examples.names)
+        yield from damped(f"{name}, guided query", examples, asked, {"EK-FAC": curvature})
+        if measure == "output_norm":
+            kernel, cross = trak_kernel(examples), examples.products(asked)
+            for ridge in RIDGES:
+                scores = trak_scores(kernel, cross, ridge, benchmark.members)
+                yield f"D-TRAK, guided query, K and V, ridge {ridge:g}", scores
+
+
+def dropped(benchmark: Benchmark, work: Path) -> Scored:
+    """The examples as training saw them: a tenth of the time without their caption."""
+    basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
+    for measure, name in (("loss", "influence"), ("output_norm", "output norm")):
+        examples, queries = keys_and_values(benchmark, work, measure)
+        curvature = refitted(basis, examples, benchmark.members)
+        empty = without_captions(benchmark, work, measure, examples.names)
+        for damping in DAMPINGS:
+            parts = [influence_scores(e, queries, curvature, damping) for e in (examples, empty)]
+            scores = combined_values(parts, "plain", (1 - CAPTION_DROPOUT, CAPTION_DROPOUT))
+            yield f"{name}, captions dropped, EK-FAC, damping {damping:g}", scores
+
+
 def seeds(benchmark: Benchmark, work: Path) -> Scored:
     """The same methods on a model of another seed, and the mean of both models' scores."""
     other = second_seed(benchmark, work)
-    loss, output = (matrices(other, work, m, SEED_DRAWS) for m in ("loss", "output_norm"))
+    loss = matrices(other, work, "loss", SEED_DRAWS)
     basis = averaged(other, loss[0])[1]
     for damping in DAMPINGS:
         scores = influence_scores(*loss, basis, damping)
         yield from _with_first(work, "influence, EK-FAC averaged", f"damping {damping:g}", scores)
+    output = matrices(other, work, "output_norm", SEED_DRAWS)
     curvature = refitted(basis, output[0], benchmark.members)
     for damping in DAMPINGS:
         scores = influence_scores(*output, curvature, damping)
@@ -232,6 +271,8 @@ def main() -> None:
         "d-trak": lambda: kernels(benchmark, work, "output_norm"),
         "output": lambda: outputs(benchmark, work),
         "journey": lambda: along_journeys(benchmark, work),
+        "guided": lambda: guidances(benchmark, work),
+        "dropped": lambda: dropped(benchmark, work),
         "seeds": lambda: seeds(benchmark, work),
         "combined": lambda: combined(work),
         "sharpened": lambda: sharper(work),
