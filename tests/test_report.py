@@ -229,6 +229,33 @@ def test_noise_floor_is_told_and_marked(data: ImageDataset) -> None:
     assert len(page().all("rect", "floor")) == 1
 
 
+def test_standard_errors_are_told_and_marked(data: ImageDataset) -> None:
+    columns = ["factors", "outputs"]
+    errors = np.full(N, 2e-4)
+    scores = Scores(data.ids, VALUES, "AbU, first order", {"columns": columns}, errors=errors)
+    page = Page(render_page([scores], data, top=3))
+    for said in ("clear is what exceeds 3 of them", "rank 1 stands clear of it", "± 2.00×10⁻⁴",
+                 "It has no unit", "of the loss and of the network’s output"):  # fmt: skip
+        assert said in page.text
+    assert page.text.count("within the noise") == 2
+    alone = Scores(data.ids, VALUES, "AbU, first order", {"columns": columns[:1]}, errors=errors)
+    text = Page(render_page([alone], data)).text
+    assert "when the picture is unlearned, to first order. " in text and "no unit" not in text
+
+
+def test_self_influence_is_not_about_a_picture(data: ImageDataset) -> None:
+    text = Page(render_page([Scores(data.ids, VALUES, "self-influence")], data, top=3)).text
+    assert "Which training images has the model learnt by heart?" in text
+    assert "influence of a training image on its own loss" in text
+    assert "5 of 14 scores are negative, which chance alone can make" in text
+    assert "this picture" not in text and "opponent" not in text
+
+
+def test_some_of_the_images_are_said_to_be_some(data: ImageDataset) -> None:
+    few = Scores(data.ids[:4], VALUES[:4], "AbU, forward")
+    assert "4 of the 14 training images of train, scored by" in Page(render_page([few], data)).text
+
+
 def test_box_and_its_cells_are_drawn(data: ImageDataset) -> None:
     box = (8, 16, 40, 48)
     page = Page(render_page([make_scores(data, make_query(box=box), box=box)], data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,15 @@ from .cli_index import add_run_options, print_top
 if TYPE_CHECKING:
     from .models.base import Denoiser
     from .query import Query
+
+OF_GENERATION = ("guidance", "sampler_steps")
+OF_MODEL_AND_DATA = (
+    "work", "draws", "step_size", "steps", "flips", "batch_size", "parameters", "lora", "dtype",
+    "skip_bad",
+)  # fmt: skip
+OF_RUN = ("curvature", "use_columns", "forward", "shortlist")
+OF_FORWARD = ("rise", "shortlist")
+"""Of a run, only where it really unlearns."""
 
 
 def add_attribute(commands: argparse._SubParsersAction) -> None:
@@ -50,7 +60,12 @@ def add_attribute(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--forward", action="store_true", help="with a RUN: really unlearn the "
                          "picture, and score the best of the first order by it")  # fmt: skip
     command.add_argument("--shortlist", type=positive, default=200, help="how many of them")
-    command.set_defaults(run=_attribute)
+    # None says that an option was not given: one that would do nothing is refused.
+    ordinary = {
+        name: command.get_default(name)
+        for name in (*OF_GENERATION, *OF_MODEL_AND_DATA, *OF_RUN, *OF_FORWARD)
+    }
+    command.set_defaults(run=_attribute, ordinary=ordinary, **dict.fromkeys(ordinary))
 
 
 def add_method_options(command: argparse.ArgumentParser) -> None:
@@ -70,17 +85,42 @@ def add_method_options(command: argparse.ArgumentParser) -> None:
 
 
 def _attribute(args: argparse.Namespace) -> None:
+    _check(args)
+    given = {n: args.ordinary.get(n) if v is None else v for n, v in vars(args).items()}
+    settled = argparse.Namespace(**given)
+    scores, paths, captions = _from_run(settled) if args.data is None else _from_model(settled)
+    print_top(scores, captions, args.top)
+    for name, path in paths.items():
+        print(f"{name}: {path}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what does not go together, before anything is opened."""
     from .runs import is_run
 
-    if args.data is None and not is_run(args.model):
+    def refuse(names: Sequence[str], why: str) -> None:
+        for name in names:
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+    if args.image:
+        refuse(OF_GENERATION, "says how to generate a picture, but --image gives one")
+    if is_run(args.model):
+        if args.data is not None:
+            raise ValueError(
+                f"{args.model!r} is a run, which knows its training data: leave {args.data!r} out"
+            )
+        refuse(OF_MODEL_AND_DATA, "does nothing with a run, which `unsee index` has settled: "
+               "leave it out, or give MODEL and DATA")  # fmt: skip
+        if not args.forward:
+            refuse(OF_FORWARD, "needs --forward: the first order unlearns nothing, and scores all")
+    elif args.data is None:
         raise ValueError(
             f"{args.model!r} is no run that `unsee index` made: give DATA, the model's training "
             "data, or a run's folder"
         )
-    scores, paths, captions = _from_run(args) if args.data is None else _from_model(args)
-    print_top(scores, captions, args.top)
-    for name, path in paths.items():
-        print(f"{name}: {path}")
+    else:
+        refuse(OF_RUN, "is for a run: `unsee index` makes one, and `unsee attribute RUN` asks it")
 
 
 def _from_model(args: argparse.Namespace) -> tuple:

@@ -39,7 +39,8 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--shard-size", type=positive, default=64, help="examples in a file")
     command.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
     command.add_argument("--batch-size", type=positive, default=64, help="passes at once")
-    command.add_argument("--delete", nargs="+", metavar="ID", help="erase these examples instead")
+    command.add_argument("--delete", nargs="+", metavar="ID",
+                         help="erase these examples; the other options as they were")  # fmt: skip
     add_model_options(command)
     command.set_defaults(run=_index)
 
@@ -50,7 +51,8 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--top", type=positive, default=10, help="how many to show")
     command.add_argument("--out", type=Path, help="result folder (default: RUN/influence)")
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    add_run_options(command)
+    command.add_argument("--curvature", default="ekfac", choices=CURVATURES)
+    command.add_argument("--column", default="factors", choices=("factors", "outputs"))
     command.set_defaults(run=_influence)
 
 
@@ -65,13 +67,17 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 def _index(args: argparse.Namespace) -> None:
     from .draws import Draws
     from .index.index import Index, describe_index
-    from .runs import write_source
+    from .runs import is_run, open_model, write_source
 
-    model, data = open_model_and_data(args)
-    if args.delete:
-        Index.open(args.out, model).delete(args.delete)
+    if args.delete:  # DATA may be without them already
+        quiet_loading()
+        Index.open(args.out, open_model(source_of(args), args.device)).delete(args.delete)
+        print("erased; scores and pages that were made before still have them: remove those too")
     else:
+        model, data = open_model_and_data(args)
         length = model.num_train_timesteps
+        if not is_run(args.out):  # so that a build that is stopped can be asked what it is of
+            write_source(args.out, source_of(args))
         index = Index.build(
             args.out, model, data, args.columns,
             draws=Draws(args.method_seed, args.draws, num_train_timesteps=length),
@@ -93,8 +99,7 @@ def _influence(args: argparse.Namespace) -> None:
 
     quiet_loading()
     index, data = open_run(args.path, args.device)
-    columns = args.use_columns or ["factors"]
-    scores = self_influence(index, args.curvature, column=columns[0])
+    scores = self_influence(index, args.curvature, column=args.column)
     paths = write_report(scores, data, args.out or args.path / "influence", top=args.top)
     print_top(scores, data, args.top)
     for name, path in paths.items():
@@ -103,10 +108,20 @@ def _influence(args: argparse.Namespace) -> None:
 
 def print_top(scores: Scores, data: ImageDataset, top: int) -> None:
     """Prints the most influential examples, and which of them stand clear of their noise."""
+    from .report.section import CLEAR
+
     captions = dict(zip(data.ids, data.captions, strict=True))
     best = scores.top(top)
-    print(f"{'rank':>4}  {'score':>10}  id / caption")
+    known = best.errors is not None
+    print(f"{'rank':>4}  {'score':>10}{' ± error   ' if known else ''}  id / caption")
+    noise = False
     for place, (identifier, value) in enumerate(zip(best.ids, best.values, strict=True)):
-        error = "" if best.errors is None else f" ± {best.errors[place]:<8.2g}"
-        print(f"{place + 1:>4}  {value:>10.3g}{error}  {identifier} / "
+        number, error = f"{value:.3g}", ""
+        if best.errors is not None:
+            error = f" ± {best.errors[place]:<8.2g}"
+            if abs(value) <= CLEAR * best.errors[place]:
+                number, noise = f"~{number}", True
+        print(f"{place + 1:>4}  {number:>10}{error}  {identifier} / "
               f"{' | '.join(captions[identifier])}")  # fmt: skip
+    if noise:
+        print(f"~ is within {CLEAR} standard errors of zero: it may be chance")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING
 from .data.dataset import ImageDataset, load_dataset
 from .files import write_atomically
 from .index.index import Index
+from .index.layout import read_manifest
 from .models.loading import Dtype
 
 if TYPE_CHECKING:
     from .models.base import Denoiser
+
+logger = logging.getLogger(__name__)
 
 SOURCE = "source.json"
 
@@ -66,24 +70,36 @@ def is_run(path: str | Path) -> bool:
 
 
 def write_source(path: Path, source: Source) -> None:
-    """Records where an index came from."""
+    """Records where an index came from.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
     # Folders are found again from any other one.
     found = {
         name: str(Path(value).resolve()) if value and Path(value).exists() else value
         for name, value in (("model", source.model), ("data", source.data), ("lora", source.lora))
     }
     text = json.dumps(dataclasses.asdict(source) | found, indent=1) + "\n"
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / SOURCE, lambda p: p.write_text(text, encoding="utf-8"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / SOURCE, lambda p: p.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"run {str(path)!r} cannot be written ({error.strerror}): choose another folder"
+        ) from error
 
 
 def read_source(path: Path) -> Source:
     """Reads what `write_source` wrote.
 
     Raises:
-        ValueError: the index was not made by the command line, or the record is damaged.
+        ValueError: no index there, one that was not made by the command line, or the record is
+            damaged.
     """
     file = path / SOURCE
+    if not is_run(path):
+        raise ValueError(f"{str(path)!r} is no run that `unsee index` made")
     if not file.is_file():
         raise ValueError(
             f"run {str(path)!r} has no {SOURCE}: it was not made by `unsee index`; open it in "
@@ -103,11 +119,26 @@ def open_run(path: Path, device: str | None = None) -> tuple[Index, ImageDataset
     """
     source = read_source(path)
     data = open_data(source.data, source.skip_bad)
-    index = Index.open(path, open_model(source, device))
+    model = open_model(source, device)
+    was, now = read_manifest(path).settings["model"], model.fingerprint()
+    if was != now:
+        raise ValueError(
+            f"run {str(path)!r}: {source.model!r} is no longer the model that was indexed (its "
+            f"fingerprint was {was}, now it is {now}); bring that model back, or index this one "
+            "in another folder"
+        )
+    index = Index.open(path, model)
     lost = sorted(set(index.ids) - set(data.ids))
     if lost:
         raise ValueError(
             f"run {str(path)!r}: its example {lost[0]!r} is no longer in {source.data!r}; bring "
-            "it back, or delete it from the index"
+            "it back, or erase it with the command that built the run and `--delete "
+            f"{lost[0]}`"
         )
+    new = set(data.ids) - set(index.ids) - set(index.manifest.deleted)
+    if new:
+        logger.warning(
+            "run %r: %d examples of %r are not in the index, for instance %r; they get no score",
+            str(path), len(new), source.data, min(new),
+        )  # fmt: skip
     return index, data

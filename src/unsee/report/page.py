@@ -44,7 +44,9 @@ def render_page(
             `data` lacks.
     """
     position = _checked(results, data, top)
-    if title is None:
+    if title is None and _by_heart(results):
+        title = "Which training images has the model learnt by heart?"
+    elif title is None:
         pictures = "these pictures" if len(results) > 1 else "this picture"
         title = f"Which training images made {pictures} possible?"
     sections = [
@@ -109,6 +111,8 @@ def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
     scored = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     if counts == [len(data)]:
         scored = f"All {scored}"
+    elif counts[-1] < len(data):
+        scored += f" of the {len(data):,}"
     methods = ", ".join(dict.fromkeys(scores.method for scores in results))
     if methods.startswith("AbU"):
         methods = methods.replace("AbU", "attribution by unlearning (AbU)", 1)
@@ -124,14 +128,24 @@ def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
 
 def _reading(results: Sequence[Scores]) -> Markup:
     """Says how to read a score."""
-    several = any(len(scores.settings.get("columns", ())) > 1 for scores in results)
-    if all(scores.method.startswith("AbU") for scores in results) and not several:
+    columns = {c for scores in results for c in scores.settings.get("columns", ())}
+    whole = ". Scores compare within one query, not between queries."
+    how: tuple[str | Markup, ...]
+    if _by_heart(results):
         how = (
-            "The score is the rise of this training image’s loss when the picture is unlearned. ",
+            "The score is the influence of a training image on its own loss. The higher it is, the "
+            "more the model has learnt this very image, with little support from others: "
+            "memorised, rare and wrongly captioned images tend to come first. It has no unit, and "
+            "compares within one run.",
+        )
+    elif all(scores.method.startswith("AbU") for scores in results) and columns <= {"factors"}:
+        how = (
+            "The score is the rise of this training image’s loss when the picture is unlearned",
+            ", to first order. " if columns else ". ",
             element("b", "Positive: the model forgot it too", class_="up"),
             ", so the picture leaned on it. ",
             element("b", "Negative: its loss fell", class_="down"),
-            ". Scores compare within one query, not between queries.",
+            whole,
         )
     else:
         how = (
@@ -139,11 +153,20 @@ def _reading(results: Sequence[Scores]) -> Markup:
             element("b", "Positive: it made the picture more likely", class_="up"),
             ". ",
             element("b", "Negative: it worked against the picture", class_="down"),
-            ". Scores compare within one query, not between queries.",
+            whole,
         )
+        if len(columns) > 1:
+            sum_of = "It has no unit: it adds what the gradients of the loss and of the network’s "
+            sum_of += "output say, each divided by its spread over all training images. "
+            how = (how[0], sum_of, *how[1:])
     return element(
         "aside", element("strong", "How to read a score"), element("p", *how), class_="reading"
     )
+
+
+def _by_heart(results: Sequence[Scores]) -> bool:
+    """Whether the question is not about a picture, but about the training set itself."""
+    return all(scores.method == "self-influence" for scores in results)
 
 
 def _notes(notes: Sequence[str]) -> Markup | None:

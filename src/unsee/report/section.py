@@ -238,7 +238,9 @@ def _ranks(ranks: list[int]) -> str:
 
 def _about_least(scores: Scores) -> Markup:
     negative = int((scores.values < 0).sum())
-    if negative == 0:
+    if scores.method == "self-influence":
+        text = f"{negative:,} of {len(scores):,} scores are negative, which chance alone can make."
+    elif negative == 0:
         text = "No image has a negative score: there are no opponents, only the weakest."
     else:
         are = "image is an opponent" if negative == 1 else "images are opponents"
@@ -256,13 +258,15 @@ def _cards(
         # Where none stands clear, one sentence says so: a mark on every card would say no more.
         noise = any(clear) and not clear[i]
         example = data[position[identifier]]
-        cards.append(_card(example, i + 1, value, scale, float(best.values[0]), noise))
+        error = None if best.errors is None else scale.size(float(best.errors[i]))
+        cards.append(_card(example, i + 1, value, scale, float(best.values[0]), noise, error))
     return element("ol", *cards, class_="cards")
 
 
 def _card(
-    example: Example, rank: int, value: float, scale: ScoreScale, best: float, noise: bool
-) -> Markup:
+    example: Example, rank: int, value: float, scale: ScoreScale, best: float, noise: bool,
+    error: str | None,
+) -> Markup:  # fmt: skip
     others = len(example.captions) - 1
     share = max(0.0, min(1.0, value / best)) if best > 0 else 0.0
     kind = "up" if value > 0 else "down" if value < 0 else None
@@ -275,6 +279,7 @@ def _card(
             element("span", scale.text(value), class_=kind),
             class_="score",
         ),
+        element("p", f"± {error}", class_="more") if error else None,
         element("div", element("i", style=f"width:{100 * share:.1f}%"), class_="share"),
         element("p", example.captions[0], class_="caption", dir="auto"),
         element("p", f"and {others} more caption{'s' * (others > 1)}", class_="more")

@@ -1,0 +1,359 @@
+"""The commands of the index, as somebody types them, on a tiny model and a dozen pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from tests.conftest import write_image_folder
+from unsee.cli import main
+from unsee.methods.base import Scores
+
+COLUMNS = ("examples", "loss", "factors", "outputs")
+ASKED = ["--prompt", "a red square", "--seed", "0", "--sampler-steps", "2"]
+QUERY = [*ASKED, "--query-draws", "4", "--device", "cpu"]
+SCORED = ["scores.parquet", "contact-sheet.png", "query.png", "report.html"]
+
+
+@dataclass
+class Run:
+    """A run, and the folders that it is of."""
+
+    model: Path
+    data: Path
+    path: Path
+    index: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = ["index", str(self.model), str(self.data), "--out", str(self.path), *BUILD]
+
+    def attribute(self, out: Path, *options: str) -> int:
+        return main(["attribute", str(self.path), *QUERY, "--out", str(out), *options])
+
+
+BUILD = ["--draws", "4", "--shard-size", "5", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def built(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run, to be read only."""
+    folder = tmp_path_factory.mktemp("built")
+    data = write_image_folder(folder / "pictures")
+    run = Run(tiny_pipeline_dir, data, folder / "run")
+    assert main(run.index) == 0
+    return run
+
+
+@pytest.fixture
+def mine(built: Run, tmp_path: Path) -> Run:
+    """The same with a model, pictures and run of its own, to be changed."""
+    model = shutil.copytree(built.model, tmp_path / "model")
+    data = shutil.copytree(built.data, tmp_path / "pictures")
+    path = shutil.copytree(built.path, tmp_path / "run")
+    source = json.loads((path / "source.json").read_text())
+    source |= {"model": str(model), "data": str(data)}
+    (path / "source.json").write_text(json.dumps(source))
+    return Run(model, data, path)
+
+
+def refused(capsys: pytest.CaptureFixture, code: int, *said: str) -> None:
+    """Checks that a command ended with one line which says these things."""
+    error = capsys.readouterr().err
+    assert code == 2, error
+    (line,) = [text for text in error.splitlines() if text.startswith("unsee:")]
+    for text in said:
+        assert text in line
+    assert "Traceback" not in error
+
+
+def remove_picture(data: Path, name: str) -> None:
+    """Takes a picture and its line out of an image folder."""
+    (data / name).unlink()
+    table = data / "metadata.jsonl"
+    rows = [r for r in table.read_text().splitlines() if json.loads(r)["file_name"] != name]
+    table.write_text("\n".join(rows) + "\n")
+
+
+# -- index ------------------------------------------------------------------------------------
+
+
+def test_index_builds_says_sizes_and_resumes(mine: Run, capsys: pytest.CaptureFixture) -> None:
+    lost = sorted(mine.path.glob("columns/factors/*"))[1]
+    was = lost.read_bytes()
+    lost.unlink()
+    refused(capsys, mine.attribute(mine.path / "asked"), "run the same `unsee index` again")
+    assert main(["info", str(mine.path)]) == 0
+    assert "factors: 2 of 3 shards" in capsys.readouterr().out
+    assert main(mine.index) == 0
+    said = capsys.readouterr().out
+    assert "12 examples, 0 deleted" in said and "4 draws, 1 views, stored as int8" in said
+    for column in COLUMNS:
+        size = sum(f.stat().st_size for f in mine.path.glob(f"columns/{column}/*"))
+        assert f"{column}: 3 of 3 shards, {size / 1e6:.1f} MB, {size / 12e3:.1f} kB" in said
+    assert lost.read_bytes() == was
+    assert main(["info", str(mine.path)]) == 0
+    assert capsys.readouterr().out == said
+
+
+def test_a_stopped_build_says_that_it_is_not_finished(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unsee.index.build._columns", stop)
+    run = Run(built.model, built.data, tmp_path / "run")
+    assert main(run.index) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    refused(capsys, run.attribute(tmp_path / "out"), "again to finish it")
+    monkeypatch.undo()
+    assert main(run.index) == 0
+    assert run.attribute(tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--draws", "6"], "draws.n is 4 there, but 6 is asked for"),
+        (["--storage", "float16"], 'storage is "int8" there, but "float16" is asked for'),
+        (["--flips"], "views is 1 there, but 2 is asked for"),
+        (["--method-seed", "1"], "draws.seed is 0 there, but 1 is asked for"),
+        (["--columns", "factors"], 'columns[1] is "loss" there, but "factors" is asked for'),
+        (["--dtype", "float64"], "model is"),
+        (["--draws", "3"], "use an even number"),
+        (["--columns", "gradients"], "no column 'gradients'"),
+        (["--parameters", "all"], "--parameters cross-attn-kv"),
+    ],
+)
+def test_other_settings_are_refused_and_named(
+    built: Run, capsys: pytest.CaptureFixture, options: list[str], said: str
+) -> None:
+    before = {p: p.read_bytes() for p in built.path.rglob("*") if p.is_file()}
+    refused(capsys, main([*built.index, *options]), said)
+    assert before == {p: p.read_bytes() for p in built.path.rglob("*") if p.is_file()}
+
+
+def test_other_data_is_refused_and_named(mine: Run, capsys: pytest.CaptureFixture) -> None:
+    remove_picture(mine.data, "red-circle.png")
+    refused(capsys, main(mine.index), "12 examples", "'pictures' (11")
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    run = Run(built.model, built.data, tmp_path / "file" / "run")
+    refused(capsys, main(run.index), "cannot be written", "choose another folder")
+
+
+def test_bad_pictures_are_left_out_with_a_warning(
+    tiny_pipeline_dir: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (image_folder / "red-circle.png").write_bytes(b"no picture")
+    run = Run(tiny_pipeline_dir, image_folder, tmp_path / "run")
+    refused(capsys, main(run.index), "red-circle.png", "cannot be read")
+    shutil.rmtree(run.path)
+    assert main([*run.index, "--skip-bad", "--columns", "factors"]) == 0
+    assert "11 examples" in capsys.readouterr().out
+    assert run.attribute(tmp_path / "out") == 0
+    assert "1 examples" in capsys.readouterr().err
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 11
+
+
+# -- attribute --------------------------------------------------------------------------------
+
+
+def test_attribute_answers_from_a_run(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the run finds its model and pictures from anywhere
+    assert built.attribute(tmp_path / "out", "--top", "3") == 0
+    said = capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(SCORED)
+    scores = Scores.load(tmp_path / "out" / "scores.parquet")
+    assert len(scores) == 12 and scores.method == "AbU, first order"
+    assert scores.settings["columns"] == ["factors", "outputs"]
+    assert scores.errors is not None and (scores.errors > 0).all()
+    rows = [line for line in said.splitlines() if "±" in line and "png" in line]
+    assert len(rows) == 3
+    for row, identifier, value, error in zip(
+        rows, scores.ids, scores.values, scores.errors, strict=False
+    ):
+        assert identifier in row
+        assert ("~" in row) == (abs(value) <= 3 * error)  # within three standard errors of zero
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "It has no unit" in page and "±" in page
+
+
+def test_a_picture_and_a_box_are_asked_about(built: Run, tmp_path: Path) -> None:
+    picture = ["--image", str(built.data / "red-square.png"), "--prompt", "a red square"]
+    about = ["attribute", str(built.path), *picture, "--query-draws", "4", "--device", "cpu"]
+    found = {}
+    for name, options in (("whole", []), ("part", ["--box", "0,0,32,32"])):
+        assert main([*about, "--out", str(tmp_path / name), *options]) == 0
+        found[name] = Scores.load(tmp_path / name / "scores.parquet")
+    assert found["part"].settings["box"] == [0, 0, 32, 32]
+    assert found["whole"].settings["box"] is None
+    assert found["part"].settings["loss_of_query"] != found["whole"].settings["loss_of_query"]
+
+
+def test_columns_and_curvature_are_chosen_when_asking(built: Run, tmp_path: Path) -> None:
+    options = ["--use-columns", "factors", "--curvature", "identity", "--damping", "0"]
+    assert built.attribute(tmp_path / "out", *options) == 0
+    settings = Scores.load(tmp_path / "out" / "scores.parquet").settings
+    assert settings["columns"] == ["factors"] and settings["curvature"] == "identity"
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "when the picture is unlearned, to first order" in page
+
+
+def test_forward_unlearns_and_scores_a_shortlist(built: Run, tmp_path: Path) -> None:
+    options = ["--forward", "--shortlist", "4", "--rise", "0.02"]
+    assert built.attribute(tmp_path / "first") == 0
+    assert built.attribute(tmp_path / "forward", *options) == 0
+    first = Scores.load(tmp_path / "first" / "scores.parquet")
+    scores = Scores.load(tmp_path / "forward" / "scores.parquet")
+    assert scores.method == "AbU, forward"
+    assert set(scores.ids) == set(first.ids[:4])
+    assert scores.settings["rise"] == pytest.approx(0.02, abs=0.001)
+    assert scores.settings["losses_before"] == "stored" and scores.settings["reevaluated"] == 4
+    page = (tmp_path / "forward" / "report.html").read_text(encoding="utf-8")
+    assert "4 of the 12 training images" in page
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", ""])
+def test_attribute_without_data_needs_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    code = main(["attribute", str(tmp_path / name), *ASKED])
+    refused(capsys, code, "is no run that `unsee index` made: give DATA")
+    refused(capsys, main(["influence", str(tmp_path / name)]), "no run that `unsee index` made")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--step-size", "1"], "--step-size does nothing with a run"),
+        (["--steps", "2"], "--steps does nothing with a run"),
+        (["--flips"], "--flips does nothing with a run"),
+        (["--draws", "10"], "--draws does nothing with a run"),  # also the default, where given
+        (["--parameters", "all"], "--parameters does nothing with a run"),
+        (["--rise", "0.1"], "--rise needs --forward"),
+        (["--shortlist", "10"], "--shortlist needs --forward"),
+        (["--use-columns", "loss"], "'loss' is no column of gradients"),
+        (["--query-draws", "3"], "3 draws do not make two halves"),
+        (["--box", "0,0,99,99"], "box"),
+        (["--forward", "--curvature", "identity"], "forward: choose a curvature"),
+    ],
+)
+def test_options_that_a_run_cannot_heed_are_refused(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], said: str
+) -> None:
+    refused(capsys, built.attribute(tmp_path / "out", *options), said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--forward"], ["--shortlist", "9"], ["--curvature", "ekfac"], ["--use-columns", "loss"]],
+)
+def test_options_of_a_run_are_refused_without_one(
+    built: Run, capsys: pytest.CaptureFixture, options: list[str]
+) -> None:
+    code = main(["attribute", str(built.model), str(built.data), *QUERY, *options])
+    refused(capsys, code, f"{options[0]} is for a run")
+
+
+def test_data_with_a_run_and_sampling_with_a_picture_are_refused(
+    built: Run, capsys: pytest.CaptureFixture
+) -> None:
+    refused(capsys, main(["attribute", str(built.path), str(built.data), *QUERY]), "leave", "out")
+    picture = ["--image", str(built.data / "red-square.png"), "--prompt", "a", "--guidance", "3"]
+    refused(capsys, main(["attribute", str(built.path), *picture]), "--guidance says how")
+
+
+# -- influence, delete, and a run whose world has changed -------------------------------------
+
+
+@pytest.mark.parametrize("column", ["factors", "outputs"])
+def test_influence_writes_its_files(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture, column: str
+) -> None:
+    out = tmp_path / "out"
+    options = ["--column", column, "--top", "2", "--out", str(out), "--device", "cpu"]
+    assert main(["influence", str(built.path), *options]) == 0
+    assert "rank       score  id / caption" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == sorted(set(SCORED) - {"query.png"})
+    scores = Scores.load(out / "scores.parquet")
+    assert scores.method == "self-influence" and len(scores) == 12
+    assert scores.settings["column"] == column
+    assert "learnt by heart?" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_influence_takes_one_column(built: Run, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["influence", str(built.path), "--column", "factors", "outputs"])
+    assert stopped.value.code == 2
+    assert "outputs" in capsys.readouterr().err
+
+
+def test_delete_erases(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    gone = "red-circle.png"
+    remove_picture(mine.data, gone)
+    refused(capsys, mine.attribute(tmp_path / "out"), gone, f"--delete {gone}")
+    refused(capsys, main([*mine.index, "--delete", "nobody"]), "there is no example 'nobody'")
+    assert main([*mine.index, "--delete", gone]) == 0
+    said = capsys.readouterr().out
+    assert "erased" in said and "11 examples, 1 deleted" in said
+    assert mine.attribute(tmp_path / "out") == 0  # fits the curvature again, without it
+    scores = Scores.load(tmp_path / "out" / "scores.parquet")
+    assert len(scores) == 11 and gone not in scores.ids
+    for file in mine.path.rglob("*"):
+        if file.is_file() and file.name != "manifest.json":  # which keeps it from coming back
+            assert gone.encode() not in file.read_bytes()
+
+
+def test_pictures_that_were_added_are_named(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copy(mine.data / "red-circle.png", mine.data / "new.png")
+    with (mine.data / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "new.png", "text": "a dog"}) + "\n")
+    assert mine.attribute(tmp_path / "out") == 0
+    assert "1 examples" in (warning := capsys.readouterr().err) and "'new.png'" in warning
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 12
+
+
+def test_a_model_that_has_changed_is_refused(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(mine.model)
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).add_(1)
+    pipeline.save_pretrained(mine.model)
+    said = ["is no longer the model that was indexed", "model'"]
+    refused(capsys, mine.attribute(tmp_path / "out"), *said)
+    refused(capsys, main(["influence", str(mine.path), "--device", "cpu"]), *said)
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_what_is_gone_is_named(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture, what: str
+) -> None:
+    folder = getattr(mine, what)
+    shutil.rmtree(folder)
+    refused(capsys, mine.attribute(tmp_path / "out"), str(folder), "no such folder")
+
+
+def test_a_damaged_record_is_named(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (mine.path / "source.json").write_text("{")
+    refused(capsys, mine.attribute(tmp_path / "out"), "source.json is damaged")
+    (mine.path / "source.json").unlink()
+    refused(capsys, mine.attribute(tmp_path / "out"), "was not made by `unsee index`")
