@@ -130,6 +130,26 @@ def test_trains_measures_and_resumes(
     assert len(trained) == 6
 
 
+def test_a_training_that_fails_does_not_stop_the_others(
+    leave_out, benchmark, trained, monkeypatch, capsys, tmp_path
+) -> None:
+    train_one = leave_out.train_one
+
+    def fails_once(run, work):
+        if "random-1" in run.name:
+            raise MemoryError("too large")
+        return train_one(run, work)
+
+    options = ("--methods", "one", "--k", "3", "--queries", "1", "--random", "2")
+    monkeypatch.setattr(leave_out, "train_one", fails_once)
+    text = run(leave_out, monkeypatch, capsys, tmp_path, *options)
+    assert "a training failed, the others go on: MemoryError('too large')" in text
+    assert len(trained) == 2
+    monkeypatch.setattr(leave_out, "train_one", train_one)
+    text = run(leave_out, monkeypatch, capsys, tmp_path, *options)
+    assert text.startswith("3 models are measured, 1 are to train")
+
+
 def test_another_ranking_is_another_run(
     leave_out, benchmark, trained, monkeypatch, capsys, tmp_path
 ) -> None:
