@@ -7,12 +7,15 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from tests.conftest import write_image_folder
 from unsee.cli import main
+from unsee.cli_index import print_top
+from unsee.data.dataset import load_dataset
 from unsee.methods.base import Scores
 
 COLUMNS = ("examples", "loss", "factors", "outputs")
@@ -224,6 +227,38 @@ def test_forward_unlearns_and_scores_a_shortlist(built: Run, tmp_path: Path) -> 
     assert scores.settings["losses_before"] == "stored" and scores.settings["reevaluated"] == 4
     page = (tmp_path / "forward" / "report.html").read_text(encoding="utf-8")
     assert "4 of the 12 training images" in page
+
+
+def test_without_an_index_the_model_is_asked(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--draws", "2", "--rise", "0.02", "--out", str(tmp_path / "out")]
+    assert main(["attribute", str(built.model), str(built.data), *QUERY, *options]) == 0
+    scores = Scores.load(tmp_path / "out" / "scores.parquet")
+    assert len(scores) == 12 and scores.errors is None
+    # What was not given is as it always was.
+    assert (scores.settings["damping"], scores.settings["steps"]) == (0.1, 1)
+    assert scores.settings["draws"]["n"] == 2 and scores.settings["rise_wanted"] == 0.02
+    assert "rank       score  id / caption" in capsys.readouterr().out
+
+
+def test_scores_within_the_noise_are_marked(
+    image_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = load_dataset("imagefolder", data_dir=image_folder)
+    values = np.array([4.0, 2.9, 1.0])
+    errors = Scores(data.ids[:3], values, "AbU, first order", errors=np.ones(3))
+    floor = Scores(data.ids[:3], values, "AbU", {"noise_floor": 1.5})
+    unknown = Scores(data.ids[:3], values, "similarity")
+    said = []
+    for scores in (errors, floor, unknown):
+        print_top(scores, data, 3)
+        said.append(capsys.readouterr().out)
+    assert ["~" in line for line in said[0].splitlines()] == [False, False, True, True, True]
+    assert "~2.9 ± 1 " in said[0] and "3 standard errors of zero" in said[0]
+    assert ["~" in line for line in said[1].splitlines()] == [False, False, False, True, True]
+    assert "within 1.5 of zero: it may be rounding" in said[1]
+    assert "~" not in said[2]
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", ""])

@@ -108,20 +108,19 @@ def _influence(args: argparse.Namespace) -> None:
 
 def print_top(scores: Scores, data: ImageDataset, top: int) -> None:
     """Prints the most influential examples, and which of them stand clear of their noise."""
-    from .report.section import CLEAR
+    from .report.section import CLEAR, stands_clear
 
     captions = dict(zip(data.ids, data.captions, strict=True))
     best = scores.top(top)
+    floor = scores.settings.get("noise_floor")
+    clear = stands_clear(best, floor)
     known = best.errors is not None
     print(f"{'rank':>4}  {'score':>10}{' ± error   ' if known else ''}  id / caption")
-    noise = False
     for place, (identifier, value) in enumerate(zip(best.ids, best.values, strict=True)):
-        number, error = f"{value:.3g}", ""
-        if best.errors is not None:
-            error = f" ± {best.errors[place]:<8.2g}"
-            if abs(value) <= CLEAR * best.errors[place]:
-                number, noise = f"~{number}", True
+        number = f"{'' if clear[place] else '~'}{value:.3g}"
+        error = "" if best.errors is None else f" ± {best.errors[place]:<8.2g}"
         print(f"{place + 1:>4}  {number:>10}{error}  {identifier} / "
               f"{' | '.join(captions[identifier])}")  # fmt: skip
-    if noise:
-        print(f"~ is within {CLEAR} standard errors of zero: it may be chance")
+    if not all(clear):
+        print(f"~ is within {CLEAR} standard errors of zero: it may be chance" if known
+              else f"~ is within {floor:.2g} of zero: it may be rounding")  # fmt: skip

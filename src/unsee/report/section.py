@@ -203,7 +203,7 @@ def _about_most(scores: Scores, best: Scores, scale: ScoreScale, floor: float | 
 
 
 def _about_clear(best: Scores, floor: float | None, text: str) -> Markup:
-    clear = [rank for rank, yes in enumerate(_clear(best, floor), start=1) if yes]
+    clear = [rank for rank, yes in enumerate(stands_clear(best, floor), start=1) if yes]
     if len(clear) == len(best):
         text += f"All {len(best)} stand clear of it." if len(best) > 1 else "It stands clear of it."
     elif clear:
@@ -213,7 +213,7 @@ def _about_clear(best: Scores, floor: float | None, text: str) -> Markup:
     return element("p", text, class_="hint" if clear else "warning")
 
 
-def _clear(best: Scores, floor: float | None) -> list[bool]:
+def stands_clear(best: Scores, floor: float | None) -> list[bool]:
     """Tells of each score whether it stands clear of its noise, as far as that is known."""
     if best.errors is not None:
         return (np.abs(best.values) > CLEAR * best.errors).tolist()
@@ -252,7 +252,7 @@ def _cards(
     best: Scores, data: ImageDataset, position: dict[str, int], scale: ScoreScale,
     floor: float | None,
 ) -> Markup:  # fmt: skip
-    clear = _clear(best, floor)
+    clear = stands_clear(best, floor)
     cards = []
     for i, (identifier, value) in enumerate(zip(best.ids, best.values, strict=True)):
         # Where none stands clear, one sentence says so: a mark on every card would say no more.
