@@ -20,6 +20,7 @@ from ..curvature.kfac import EKFAC, KFAC, KroneckerCovariances, kronecker_covari
 from ..data.batches import gather
 from ..data.latents import EncodedDataset
 from ..draws import Draws
+from ..index.index import Index
 from ..methods.base import Scores
 from ..methods.example_gradients import (
     GradientMatrix,
@@ -27,6 +28,7 @@ from ..methods.example_gradients import (
     QueryExamples,
     example_gradients,
 )
+from ..methods.indexed import AbU
 from ..methods.influence import influence_scores
 from ..methods.similarity import Feature, similarity_scores
 from ..methods.trak import trak_kernel, trak_scores
@@ -138,6 +140,16 @@ def _trak(measure: Measure, trial: Trial, ridge: float) -> np.ndarray:
     return trak_scores(trak_kernel(examples), examples.products(queries), ridge)
 
 
+def _indexed(columns: list[str] | None, trial: Trial, damping: float) -> np.ndarray:
+    """Scores [N, Q] from an index of the images that the model was trained on."""
+    index = Index.build(
+        trial.work / f"index-{trial.draws}", trial.benchmark.model, trial.data,
+        draws=Draws(0, trial.draws),
+    )  # fmt: skip
+    method = AbU(index, "ekfac", damping, columns, query_draws=QUERY_DRAWS)
+    return np.stack([s.values for s in method.attribute_many(trial.benchmark.queries)], axis=1)
+
+
 METHODS: dict[str, tuple[float | None, Method]] = {
     "latent": (None, partial(_similarity, "latent")),
     "pixel": (None, partial(_similarity, "pixel")),
@@ -150,13 +162,17 @@ METHODS: dict[str, tuple[float | None, Method]] = {
     "ekfac-output": (0.1, partial(_ekfac, "output_norm")),
     "trak": (0.1, partial(_trak, "loss")),
     "d-trak": (0.01, partial(_trak, "output_norm")),
+    "index": (0.1, partial(_indexed, None)),
+    "index-loss": (0.1, partial(_indexed, ["factors"])),
+    "index-output": (0.1, partial(_indexed, ["outputs"])),
 }
 """Name -> (damping or ridge that did best on the tuning half, method).
 
 `latent`, `pixel`, `text`: cosine similarity. `abu`: Attribution by Unlearning as published, to
 first order: a small step along the diagonal of per-draw squared gradients. `diagonal`, `kfac`,
 `ekfac`: influence functions with a curvature of averaged gradients; `ekfac-output` takes gradients
-of the network's output instead of the loss. `trak`, `d-trak`: with the exact kernel.
+of the network's output instead of the loss. `trak`, `d-trak`: with the exact kernel. `index`:
+what `AbU(index)` answers by default; `index-loss` and `index-output` are its two parts.
 """
 
 
