@@ -44,7 +44,7 @@ def scores(benchmark: Benchmark, index: Index, work: Path) -> None:
 def exact(index: Index, method: AbU, query) -> np.ndarray:
     """Returns the first-order scores [N] of the column `factors` in float64, from whole
     directions: slow and obvious."""
-    gradient = query_gradients(index, query, method.query_draws, [MEASURES["factors"]])["loss"]
+    gradient = query_gradients(index, query, method.used_query_draws, [MEASURES["factors"]])["loss"]
     curvature = index.curvature(method.curvature, "factors")
     mean = {n: g.double() for n, g in gradient.mean.items()}
     direction = curvature.precondition(mean, method.damping)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,7 +66,8 @@ class AbU:
         damping: of the curvature, relative to each layer's mean.
         columns: whose scores count; by default all that the index has of `factors` and `outputs`.
         rise: of the query's loss, which scores of a single column are scaled to.
-        query_draws: timesteps and noise of the query, even in number, independent of the examples'.
+        query_draws: timesteps and noise of the query, even in number, independent of the
+            examples'; 64 of seed 1 by default.
         batch_size: draws of the query at once.
         tolerance: share of the expected squared score that a cheaper scan may give up; 0 for none.
         forward: really unlearns the query, and scores the candidates by how much their loss rose.
@@ -79,15 +80,21 @@ class AbU:
     damping: float = 0.1
     columns: Sequence[str] | None = None
     rise: float = 0.05
-    query_draws: Draws = field(default_factory=lambda: Draws(seed=1, n=64))
+    query_draws: Draws | None = None
     batch_size: int = 32
     tolerance: float = 1e-4
     forward: bool = False
     shortlist: int = 200
 
     def __post_init__(self) -> None:
-        if self.query_draws.n % HALVES:
-            raise ValueError(f"query_draws: {self.query_draws.n} draws do not make two halves")
+        draws, length = self.used_query_draws, self.index.model.num_train_timesteps
+        if draws.n % HALVES:
+            raise ValueError(f"query_draws: {draws.n} draws do not make two halves")
+        if draws.num_train_timesteps != length:
+            raise ValueError(
+                f"query_draws: they are of {draws.num_train_timesteps} timesteps, the model has "
+                f"{length}; use Draws(..., num_train_timesteps={length})"
+            )
         if not self.rise > 0:
             raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
         for column in self.used_columns:
@@ -106,6 +113,12 @@ class AbU:
             return list(self.columns)
         return [c for c in MEASURES if c in self.index.columns]
 
+    @property
+    def used_query_draws(self) -> Draws:
+        """Timesteps and noise of the query."""
+        length = self.index.model.num_train_timesteps
+        return self.query_draws or Draws(seed=1, n=64, num_train_timesteps=length)
+
     def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
         """Scores every example, or the candidates; see `attribute_many`.
 
@@ -118,7 +131,7 @@ class AbU:
             candidates = first.top(self.shortlist).ids
         return reevaluate(
             self.index, query, candidates, self.curvature, rise=self.rise, damping=self.damping,
-            query_draws=self.query_draws,
+            query_draws=self.used_query_draws,
         )  # fmt: skip
 
     @exact_kernels()
@@ -138,9 +151,9 @@ class AbU:
         if not queries:
             raise ValueError("there is no query")
         started = time.monotonic()
-        measures = {c: MEASURES[c] for c in self.used_columns}
+        measures: dict[str, Measure] = {c: MEASURES[c] for c in self.used_columns}
         asked = [
-            query_gradients(self.index, q, self.query_draws, list(measures.values()),
+            query_gradients(self.index, q, self.used_query_draws, list(measures.values()),
                             self.batch_size)
             for q in queries
         ]  # fmt: skip
@@ -156,12 +169,12 @@ class AbU:
         assert isinstance(total, np.ndarray)
         about = {
             "curvature": self.curvature, "damping": self.damping, "columns": self.used_columns,
-            "scaled_to_rise": self.rise, "query_draws": repr(self.query_draws),
+            "scaled_to_rise": self.rise, "query_draws": repr(self.used_query_draws),
             "index": str(self.index.path), "draws": repr(self.index.draws),
             "seconds": {"query's gradient": gradient_done - started,
                         "scan": time.monotonic() - gradient_done},
         }  # fmt: skip
-        rows = _rows(self.index.ids, candidates)
+        rows = rows_of(self.index.ids, candidates)
         found = []
         for i, query in enumerate(queries):
             loss = next(iter(asked[i].values())).loss
@@ -293,7 +306,12 @@ def with_errors(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return means.max(1), np.sqrt((alone + together) / 2)
 
 
-def _rows(ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:
+def rows_of(ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:
+    """Returns the rows of the candidates, or of all.
+
+    Raises:
+        ValueError: the list is empty, or a candidate is unknown.
+    """
     if candidates is None:
         return list(range(len(ids)))
     if not len(candidates):
