@@ -156,8 +156,8 @@ def _reading(results: Sequence[Scores]) -> Markup:
             whole,
         )
         if len(columns) > 1:
-            sum_of = "It has no unit: it adds what the gradients of the loss and of the network’s "
-            sum_of += "output say, each divided by its spread over all training images. "
+            sum_of = "It has no unit: what the gradients of the loss and of the network’s output "
+            sum_of += "say is divided by its spread over all training images, and added. "
             how = (how[0], sum_of, *how[1:])
     return element(
         "aside", element("strong", "How to read a score"), element("p", *how), class_="reading"

@@ -199,7 +199,9 @@ def _about_most(scores: Scores, best: Scores, scale: ScoreScale, floor: float | 
         return element(
             "p", f"{positive:,} of {len(scores):,} images have a positive score.", class_="hint"
         )
-    return _about_clear(best, floor, f"Rounding alone moves a score by up to {scale.size(floor)}. ")
+    text = "How far other timesteps and noise would move a score is not known here. "
+    text += f"Rounding alone moves it by up to {scale.size(floor)}. "
+    return _about_clear(best, floor, text)
 
 
 def _about_clear(best: Scores, floor: float | None, text: str) -> Markup:
@@ -209,7 +211,8 @@ def _about_clear(best: Scores, floor: float | None, text: str) -> Markup:
     elif clear:
         text += f"Of these {len(best)}, {_ranks(clear)} {_stand(len(clear))} clear of it."
     else:
-        text += "None of these stands clear of it: this order is noise."
+        noise = "is noise" if best.errors is None else "may be chance"
+        text += f"None of these stands clear of it: this order {noise}."
     return element("p", text, class_="hint" if clear else "warning")
 
 
