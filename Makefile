@@ -37,11 +37,12 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
-# kronfluence, which tests compare with, asks for torchvision but works without it.
+# kronfluence and dattri, which tests compare with, ask for more than the tests use of them:
+# torchvision the one, a MIDI reader the other.
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing what the tests need ..."
 	$(INSTALL) -e '.[demo,dev]'
-	$(INSTALL) --no-deps kronfluence einconv
+	$(INSTALL) --no-deps kronfluence einconv dattri
 	@touch $@
 
 # -- use ------------------------------------------------------------------------------------------

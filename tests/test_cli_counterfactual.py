@@ -219,6 +219,23 @@ def test_queries_that_are_none(text, message, tmp_path) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.slow
+def test_lora_weights_are_loaded_on_the_model(case, tmp_path, capsys) -> None:
+    pytest.importorskip("peft")
+    queries = Path(case["queries"])
+    queries.write_text(queries.read_text().splitlines()[0])
+    options = ["--steps", "2", "--rank", "2", "--device", "cpu", "--threads", "1"]
+    train = ["train", "lora", case["model"]]
+    assert main([*train, case["data"], str(tmp_path / "lora"), *options]) == 0
+    case["command"] = shlex.join(
+        [sys.executable, "-m", "unsee.cli", *train, "{data}", "{out}", *options]
+    )
+    assert run(case, "--lora", str(tmp_path / "lora"), "--random", "1", scores=("good",)) == 0
+    assert "| 3 | loss | good | 1 |" in capsys.readouterr().out
+    rows = pq.read_table(Path(case["out"]) / "k3" / "outcomes.parquet").to_pylist()
+    assert len({r["loss"] for r in rows}) == 3  # other weights, other losses
+
+
 RECORD = {
     "threads": 2,
     "data": {"fingerprint": "abc"},
