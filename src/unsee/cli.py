@@ -71,12 +71,14 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo, write_demo_model
+    from .runs import Source, write_source
 
     quiet_loading()
     if args.model_only:
         print(write_demo_model(args.model_only))
     else:
         run_demo(args.out)
+        write_source(args.out / "index", Source("demo", "twemoji"))  # for `unsee attribute`
 
 
 # -- reproduce, doctor, info --------------------------------------------------------------------
