@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tests.conftest import write_image_folder
+from tests.index.test_features import save_vision
 from unsee.cli import main
 from unsee.cli_index import print_top
 from unsee.data.dataset import load_dataset
@@ -392,3 +393,19 @@ def test_a_damaged_record_is_named(
     refused(capsys, mine.attribute(tmp_path / "out"), "source.json is damaged")
     (mine.path / "source.json").unlink()
     refused(capsys, mine.attribute(tmp_path / "out"), "was not made by `unsee index`")
+
+
+def test_features_are_columns_too(tiny_pipeline_dir, image_folder, tmp_path, capsys) -> None:
+    encoder = save_vision(tmp_path / "vit")
+    index = ["index", str(tiny_pipeline_dir), str(image_folder), "--out", str(tmp_path / "run"),
+             *BUILD, "--columns", "features", "--encoders"]  # fmt: skip
+    assert main([*index, "latent", "nothing"]) == 2
+    assert "no encoder 'nothing'; there are latent, text, pixel, and" in capsys.readouterr().err
+    assert main([*index, "latent", "text", str(encoder)]) == 0
+    said = capsys.readouterr().out
+    assert ", encoder latent, encoder text, encoder vit\n" in said
+    assert "features: 3 of 3 shards" in said
+    assert main([*index, "latent"]) == 2
+    assert 'encoders.text is "of unsee" there, but null is asked for' in capsys.readouterr().err
+    assert main([*index[:-3], "--encoders", "latent"]) == 2
+    assert "encoders are for the column `features`" in capsys.readouterr().err

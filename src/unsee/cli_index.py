@@ -32,7 +32,10 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="its folder")
     command.add_argument("--columns", nargs="+", default=["loss", "factors", "outputs"],
-                         help="what to keep: loss, factors, outputs")  # fmt: skip
+                         help="what to keep: loss, factors, outputs, features")  # fmt: skip
+    command.add_argument("--encoders", nargs="+", default=[], metavar="ENCODER",
+                         help="of the features: latent, text, pixel, or the folder of a vision "
+                         "model of transformers (default: latent text)")  # fmt: skip
     command.add_argument("--draws", type=positive, default=16, help="per example; an even number")
     command.add_argument("--storage", default="int8", choices=("int8", "float16", "float32"))
     command.add_argument("--flips", action="store_true", help="also index mirrored pictures")
@@ -79,7 +82,7 @@ def _index(args: argparse.Namespace) -> None:
         if not is_run(args.out):  # so that a build that is stopped can be asked what it is of
             write_source(args.out, source_of(args))
         index = Index.build(
-            args.out, model, data, args.columns,
+            args.out, model, data, args.columns, encoders=args.encoders,
             draws=Draws(args.method_seed, args.draws, num_train_timesteps=length),
             storage=args.storage, flips=args.flips, shard_size=args.shard_size,
             batch_size=args.batch_size, on_error="skip" if args.skip_bad else "raise",

@@ -21,6 +21,14 @@ from ..draws import Draws
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
 from .factors import Layer, Measure, Storage, example_factors, quantise, text_layers
+from .features import (
+    Encoders,
+    encoder_settings,
+    example_features,
+    load_encoders,
+    needs_pictures,
+    reload_encoders,
+)
 from .layout import Manifest, Part, Shard, read_shard, shard_path, write_shard
 
 COLUMNS: dict[str, str] = {
@@ -28,8 +36,12 @@ COLUMNS: dict[str, str] = {
     "loss": "training loss of each view and draw: what forward re-evaluation compares with",
     "factors": "gradients of the loss: influence functions and AbU to first order",
     "outputs": "gradients of the output's norm (D-TRAK's): the output half of the default score",
+    "features": "what encoders see of a picture or caption: similarity",
 }
 """What a column holds and what it can answer."""
+
+DEFAULT_ENCODERS = ("latent", "text")
+"""Of the column `features`: they need nothing but what the index has."""
 
 MEASURES: dict[str, Measure] = {"factors": "loss", "outputs": "output_norm"}
 
@@ -39,12 +51,13 @@ Indexed = ImageDataset | EncodedExamples
 
 def settings_of(
     model: Denoiser, draws: Draws, columns: Sequence[str], storage: Storage, shard_size: int,
-    flips: bool, on_error: OnError,
+    flips: bool, on_error: OnError, encoders: Encoders,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns what fixes the numbers of an index, for its manifest.
 
     Raises:
-        ValueError: an unknown column, an odd number of draws, or a selection without factors.
+        ValueError: an unknown column, an odd number of draws, encoders without their column, or a
+            selection without factors.
     """
     unknown = [c for c in columns if c not in COLUMNS]
     if unknown:
@@ -55,6 +68,8 @@ def settings_of(
         raise ValueError(f"index: shard_size = {shard_size} must be at least 1")
     if storage not in ("int8", "float16", "float32"):
         raise ValueError(f"index: storage {storage!r} is not int8, float16 or float32")
+    if encoders and "features" not in columns:
+        raise ValueError("index: encoders are for the column `features`: add it to the columns")
     parameter = next(iter(model.parameters.values()))
     return {
         "model": model.fingerprint(),
@@ -67,7 +82,43 @@ def settings_of(
         "storage": storage,
         "shard_size": shard_size,
         "on_error": on_error,
+        **({"encoders": encoder_settings(encoders)} if encoders else {}),
     }
+
+
+def open_encoders(
+    names: Sequence[str], columns: Sequence[str], model: Denoiser, data: Indexed
+) -> Encoders:
+    """Loads the encoders of a new index.
+
+    Raises:
+        ValueError: one needs pictures and the data set came encoded, or see `load_encoders`.
+    """
+    if "features" in columns and not names:
+        names = DEFAULT_ENCODERS
+    return _for_data(load_encoders(names, model.device), data)
+
+
+def reopen_encoders(
+    folders: Sequence[str], manifest: Manifest, model: Denoiser, data: Indexed
+) -> Encoders:
+    """Loads the encoders of an index that is there, for more data.
+
+    Raises:
+        ValueError: one needs pictures and the data set came encoded, or see `reload_encoders`.
+    """
+    known = manifest.settings.get("encoders", {})
+    return _for_data(reload_encoders(known, folders, model.device), data)
+
+
+def _for_data(encoders: Encoders, data: Indexed) -> Encoders:
+    blind = [name for name in encoders if needs_pictures(name)]
+    if blind and not isinstance(data, ImageDataset):
+        raise ValueError(
+            f"encoder {blind[0]!r} needs pictures, and this data set came encoded: give it as "
+            "pictures, or leave the encoder out"
+        )
+    return encoders
 
 
 def environment_of(model: Denoiser) -> dict[str, Any]:
@@ -110,8 +161,9 @@ def plan_shards(manifest: Manifest, part: Part) -> Manifest:
 
 @exact_kernels()
 def fill(
-    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int, batch_size: int
-) -> None:
+    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int, batch_size: int,
+    encoders: Encoders,
+) -> None:  # fmt: skip
     """Computes the shards of one data set that are not there yet.
 
     Args:
@@ -121,6 +173,7 @@ def fill(
         data: the data set.
         part: its position in the manifest.
         batch_size: passes at once. Within the noise floor, numbers do not depend on it.
+        encoders: of the column `features`.
 
     Raises:
         ValueError: a picture that cannot be read, a loss that is not finite, a damaged shard.
@@ -129,14 +182,15 @@ def fill(
     bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
                disable=None, file=sys.stderr)  # fmt: skip
     for shard in todo:
-        _fill_shard(path, manifest, model, data, shard, batch_size)
+        _fill_shard(path, manifest, model, data, shard, batch_size, encoders)
         bar.update(shard.last - shard.first)
     bar.close()
 
 
 def _fill_shard(
-    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard, batch_size: int
-) -> None:
+    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard, batch_size: int,
+    encoders: Encoders,
+) -> None:  # fmt: skip
     columns = [c for c in manifest.settings["columns"] if not shard_path(path, c, shard).is_file()]
     if not columns:
         return
@@ -147,6 +201,13 @@ def _fill_shard(
         return
     # Read back, so that a resumed build computes on the very same numbers.
     encoded = unpack_examples(*read_shard(path, manifest, "examples", shard))
+    if "features" in columns:
+        pictures = data if isinstance(data, ImageDataset) else None
+        rows = example_features(model, encoders, encoded, pictures)
+        write_shard(path, manifest, "features", shard, rows)
+    columns = [c for c in columns if c not in ("examples", "features")]
+    if not columns:
+        return
     for column, tensors in _columns(model, manifest, encoded, columns, batch_size).items():
         write_shard(path, manifest, column, shard, tensors)
 

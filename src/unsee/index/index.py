@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..curvature.diagonal import DiagonalFisher
@@ -25,24 +24,29 @@ from .build import (
     environment_of,
     fill,
     layers_of,
+    open_encoders,
     pack_examples,
     part_of,
     plan_shards,
+    reopen_encoders,
     settings_of,
     unpack_examples,
 )
 from .factors import Layer, Quantised, Storage
+from .features import Encoders
 from .fit import CurvatureName, fit_curvature
 from .layout import (
     Manifest,
     Shard,
     curvature_path,
+    missing_shards,
     read_manifest,
     read_shard,
     remove_others,
     shard_path,
     write_manifest,
     write_shard,
+    writing,
 )
 from .table import read_ids, write_table
 
@@ -88,6 +92,7 @@ class Index:
         data: Indexed,
         columns: Sequence[str] = DEFAULT_COLUMNS,
         *,
+        encoders: Sequence[str] = (),
         draws: Draws | None = None,
         storage: Storage = "int8",
         flips: bool = False,
@@ -103,6 +108,7 @@ class Index:
                 `unsee.index.factors`.
             data: the training set.
             columns: what to keep, see `unsee.index.build.COLUMNS`.
+            encoders: of the column `features`, see `load_encoders`; `latent` and `text` by default.
             draws: timesteps and noise of the training examples; 16 by default, always even.
             storage: of the factors.
             flips: also indexes mirrored pictures; the larger score of the two counts.
@@ -116,7 +122,8 @@ class Index:
         """
         path = Path(path)
         draws = draws or Draws(0, 16, num_train_timesteps=model.num_train_timesteps)
-        settings = settings_of(model, draws, columns, storage, shard_size, flips, on_error)
+        seen_by = open_encoders(encoders, columns, model, data)
+        settings = settings_of(model, draws, columns, storage, shard_size, flips, on_error, seen_by)
         part = part_of(data)
         if (path / "manifest.json").is_file():
             manifest = read_manifest(path)
@@ -131,10 +138,10 @@ class Index:
                 )
         else:
             manifest = plan_shards(Manifest(settings, environment_of(model)), part)
-            with _writing(path):
+            with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
                 write_manifest(path, manifest)
-        return cls._fill(path, manifest, model, data, 0, batch_size)
+        return cls._fill(path, manifest, model, data, 0, batch_size, seen_by)
 
     @classmethod
     def open(cls, path: str | Path, model: Denoiser) -> Self:
@@ -170,18 +177,22 @@ class Index:
     @classmethod
     def _fill(
         cls, path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int,
-        batch_size: int,
+        batch_size: int, encoders: Encoders,
     ) -> Self:  # fmt: skip
         """Computes what is missing of a part."""
-        with _writing(path):
-            fill(path, manifest, model, data, part, batch_size)
+        with writing(path):
+            fill(path, manifest, model, data, part, batch_size, encoders)
             write_table(path, manifest, data)
         return cls(path, model, manifest)
 
     # -- changing ---------------------------------------------------------------------------
 
-    def append(self, data: Indexed, batch_size: int = 64) -> Index:
+    def append(self, data: Indexed, batch_size: int = 64, encoders: Sequence[str] = ()) -> Index:
         """Adds examples and returns the index with them; killed, it goes on where it was.
+
+        Args:
+            data, batch_size: as `build` takes them.
+            encoders: folders of the vision encoders that the index was built with, if any.
 
         Raises:
             ValueError: an id is there already or was deleted, another data set was begun and is
@@ -189,6 +200,7 @@ class Index:
         """
         part = part_of(data)
         manifest = read_manifest(self.path)
+        seen_by = reopen_encoders(encoders, manifest, self.model, data)
         ids, last = read_ids(self.path, manifest), manifest.parts[-1]
         if ids is None:  # the last part was not finished
             if (last.fingerprint, last.count) != (part.fingerprint, part.count):
@@ -205,10 +217,10 @@ class Index:
                     "deleted; append examples with ids of their own"
                 )
             manifest = plan_shards(manifest, part)
-            with _writing(self.path):
+            with writing(self.path):
                 write_manifest(self.path, manifest)
         number = len(manifest.parts) - 1
-        return self._fill(self.path, manifest, self.model, data, number, batch_size)
+        return self._fill(self.path, manifest, self.model, data, number, batch_size, seen_by)
 
     def delete(self, ids: Sequence[str]) -> Index:
         """Erases examples (opt-out) and returns the index without them; killed, call it again.
@@ -226,7 +238,7 @@ class Index:
         if unknown:
             raise ValueError(f"index {str(self.path)!r}: there is no example {unknown[0]!r}")
         shards = []
-        with _writing(self.path):
+        with writing(self.path):
             for shard in manifest.shards:
                 here = before._column("examples", shard)[1]["ids"]
                 if gone.isdisjoint(here):
@@ -254,7 +266,7 @@ class Index:
         for column in self.manifest.settings["columns"][1:]:
             tensors, _ = self._column(column, shard)
             part = (
-                {n: t[keep] for n, t in tensors.items()} if column == "loss"
+                {n: t[keep] for n, t in tensors.items()} if column in ("loss", "features")
                 else {n: t[:, captions] for n, t in tensors.items()}
             )  # fmt: skip
             write_shard(self.path, self.manifest, column, new, part)
@@ -296,13 +308,30 @@ class Index:
         Raises:
             ValueError: the index does not have the column.
         """
+        self._check_column(column)
+        tensors = self._column(column, shard)[0]
+        return Quantised(tensors["values"], tensors["scales"])
+
+    def features(self, encoder: str, shard: Shard) -> Tensor:
+        """Returns what an encoder saw, [n, F] float16 of length 1, of a shard's examples.
+
+        Raises:
+            ValueError: the index does not have the column, or not of this encoder.
+        """
+        self._check_column("features")
+        rows = self._column("features", shard)[0]
+        if encoder not in rows:
+            raise ValueError(
+                f"index {str(self.path)!r}: it has no encoder {encoder!r}, only {', '.join(rows)}"
+            )
+        return rows[encoder]
+
+    def _check_column(self, column: str) -> None:
         if column not in self.columns:
             raise ValueError(
                 f"index {str(self.path)!r}: it has no column {column!r}, only "
                 f"{', '.join(self.columns)}; build another with it"
             )
-        tensors = self._column(column, shard)[0]
-        return Quantised(tensors["values"], tensors["scales"])
 
     def _column(self, column: str, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Reads a shard, or finds it in memory: what is read often is read, and checked, once."""
@@ -333,22 +362,13 @@ class Index:
         if path.is_file():
             return kind.load(path)
         fitted = fit_curvature(self, name, column)
-        with _writing(self.path):
+        with writing(self.path):
             fitted.save(path)
         return fitted
 
 
 def _size(memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]]) -> int:
     return sum(t.nbytes for tensors, _ in memory.values() for t in tensors.values())
-
-
-def missing_shards(path: Path, manifest: Manifest) -> int:
-    """Returns how many files of columns are not there."""
-    return sum(
-        not shard_path(path, column, shard).is_file()
-        for column in manifest.settings["columns"]
-        for shard in manifest.shards
-    )
 
 
 def describe_index(path: Path) -> list[str]:
@@ -367,7 +387,7 @@ def describe_index(path: Path) -> list[str]:
         f"{len(manifest.deleted)} deleted",
         f"model {settings['model']}, {len(settings['layers'])} layers, "
         f"{settings['draws']['n']} draws, {settings['views']} views, stored as "
-        f"{settings['storage']}",
+        f"{settings['storage']}" + "".join(f", encoder {e}" for e in settings.get("encoders", ())),
     ]
     for column in settings["columns"]:
         files = [f for s in manifest.shards if (f := shard_path(path, column, s)).is_file()]
@@ -377,21 +397,3 @@ def describe_index(path: Path) -> list[str]:
             f"{size / max(examples, 1) / 1e3:.1f} kB an example; {COLUMNS[column]}"
         )
     return lines
-
-
-class _writing:
-    """Turns what a file system refuses into one line that says what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(
-                f"index {str(self.path)!r} cannot be written ({reason}): make room or choose "
-                "another folder, and run the same again; what is done is kept"
-            ) from error

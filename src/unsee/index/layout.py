@@ -175,6 +175,15 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(**about, parts=parts, shards=shards)
 
 
+def missing_shards(path: Path, manifest: Manifest) -> int:
+    """Returns how many files of columns are not there."""
+    return sum(
+        not shard_path(path, column, shard).is_file()
+        for column in manifest.settings["columns"]
+        for shard in manifest.shards
+    )
+
+
 def shard_path(path: Path, column: str, shard: Shard) -> Path:
     """Returns where a shard of a column lies."""
     return path / "columns" / column / f"{shard.name}.safetensors"
@@ -250,3 +259,21 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
         total = zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()), total)
     return f"{total:08x}"
+
+
+class writing:
+    """Turns what a file system refuses into one line that says what to do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"index {str(self.path)!r} cannot be written ({reason}): make room or choose "
+                "another folder, and run the same again; what is done is kept"
+            ) from error
