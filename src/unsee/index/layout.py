@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -257,7 +257,7 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()), total)
+        total = zlib.crc32(cast(Any, tensor.flatten().view(torch.uint8).numpy()), total)
     return f"{total:08x}"
 
 
