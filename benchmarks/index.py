@@ -3,6 +3,7 @@
     python benchmarks/index.py build  [--model demo|mscoco]   # over bare passes with gradients
     python benchmarks/index.py query  [--model demo|mscoco]   # over the published work of a query
     python benchmarks/index.py memory                         # peak of a build, against its size
+    python benchmarks/index.py rows    [--rows 1000000]       # a scan over a copy, and a product
 
 The weights are random: what they are does not change the time. Everything runs in one process on
 all threads; benchmarks/README.md says what the numbers mean.
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from forward import machine
-from scoring import CASES, Case
+from scoring import CASES, Case, Load, matmul_peak, processors
 from torch import Tensor
 
 from unsee.data.batches import gather
@@ -32,6 +33,7 @@ from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
 from unsee.evaluation.metrics import spearman
 from unsee.index.index import Index
+from unsee.index.rows import scan_rows
 from unsee.methods.forward import forward_losses
 from unsee.methods.indexed import AbU
 from unsee.models.unet import UNetDenoiser
@@ -156,9 +158,8 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
     total = COCO_IMAGES if coco else count
     views = COCO_VIEWS if coco else 1
     published = (
-        (COCO_GRADIENT_DRAWS if coco else 200) * backward
-        + total * views * case.captions * case.draws * forward
-    )
+        COCO_GRADIENT_DRAWS if coco else 200
+    ) * backward + total * views * case.captions * case.draws * forward
     result: dict[str, Any] = {
         "examples_measured": count, "examples": total, "draws_of_examples": draws,
         "query_draws": n, "agreement": agreement, "forward_seconds": forward,
@@ -210,14 +211,109 @@ def _peak(name: str, size: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+# -- rows -----------------------------------------------------------------------------------------
+
+LENGTH, MANY = 4096, 32
+"""Numbers in a row, and queries of the scan that is held against matrix products."""
+
+COPY_ROWS = 2**16
+"""Rows that a copy writes to, over and over: far more than a cache holds."""
+
+
+def made_up_rows(count: int) -> Tensor:
+    """Returns rows [count, 4096] float16 of length 1, or so.
+
+    Raises:
+        SystemExit: they do not fit into the free memory.
+    """
+    needed = 2 * LENGTH * (count + COPY_ROWS) + 2**30
+    information = Path("/proc/meminfo")
+    if information.is_file():
+        lines = dict(x.split(":") for x in information.read_text(encoding="utf-8").splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+        if free < needed:
+            raise SystemExit(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free: make "
+                             "--rows smaller")  # fmt: skip
+    rows = torch.empty(count, LENGTH, dtype=torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    for part in rows.split(4096):
+        part.copy_(torch.randn(part.shape, generator=generator) / LENGTH**0.5)
+    return rows
+
+
+def copy_all(rows: Tensor, target: Tensor) -> None:
+    """Copies every byte of the rows, to where the bytes before went."""
+    for part in rows.split(len(target)):
+        target[: len(part)].copy_(part)
+
+
+def scans(count: int, rounds: int, threads: int, others: bool) -> dict[str, Any]:
+    """Times scans, a copy of the same bytes and square matrix products, in turn.
+
+    With `others`, also a product in float16, which rounds its result to 11 bits, and numpy's
+    product in place of torch's.
+    """
+    torch.set_num_threads(threads)
+    rows, load = made_up_rows(count), Load()
+    target = torch.empty(min(count, COPY_ROWS), LENGTH, dtype=torch.float16)
+    asked = torch.nn.functional.normalize(torch.randn(MANY, LENGTH), dim=1)
+    ways: dict[str, Callable[[], Any]] = {
+        "copy": lambda: copy_all(rows, target),
+        "one": lambda: scan_rows(rows, asked[:1]),
+        "many": lambda: scan_rows(rows, asked),
+    }
+    if others:
+        ways["one in float16"] = lambda: torch.mv(rows, asked[0].half())
+        ways["one with numpy"] = lambda: numpy_scan(rows, asked[:1])
+        ways["many with numpy"] = lambda: numpy_scan(rows, asked)
+    times: dict[str, list[float]] = {name: [] for name in (*ways, "product")}
+    flops = 2 * count * LENGTH * MANY
+    for number in range(rounds + 1):
+        # Every other round runs backwards: nothing is always behind the same other.
+        order = list(ways) if number % 2 else list(reversed(ways))
+        with load.watch(threads):
+            seconds = {name: timed(ways[name]) for name in order}
+            peak = matmul_peak(torch.float32, threads, sizes=(1024, 2048), seconds=0.5)
+        if number:  # the first round warms up
+            for name, value in (*seconds.items(), ("product", flops / peak)):
+                times[name].append(value)
+
+    def median(name: str, *bounds: str) -> float:
+        bound = [max(both) for both in zip(*(times[b] for b in bounds), strict=True)]
+        return statistics.median(b / t for b, t in zip(bound, times[name], strict=True))
+
+    return {
+        "rows": count, "bytes": rows.nbytes, "threads": threads, "rounds": rounds,
+        "processor_share": load.share, "seconds": times,
+        "of_copy": {name: median(name, "copy") for name in ways if name != "copy"},
+        "of_product": {name: median(name, "product") for name in ways if "many" in name},
+        "of_the_smaller": {name: median(name, "copy", "product") for name in ways
+                           if "many" in name},
+    }  # fmt: skip
+
+
+def numpy_scan(rows: Tensor, asked: Tensor) -> np.ndarray:
+    """Does what `scan_rows` does with numpy's product."""
+    found = np.empty((len(rows), len(asked)), dtype=np.float32)
+    size = 128 * torch.get_num_threads()
+    buffer, columns = torch.empty(size, LENGTH), asked.T.numpy()
+    for first in range(0, len(rows), size):
+        wide = buffer[: len(rows) - first].copy_(rows[first : first + size]).numpy()
+        np.matmul(wide, columns, out=found[first : first + size])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("build", "query", "memory"))
+    parser.add_argument("what", choices=("build", "query", "memory", "rows"))
     parser.add_argument("--model", choices=list(CASES), default="demo")
     parser.add_argument("--examples", type=int, help="how many are indexed")
     parser.add_argument("--draws", type=int, default=2, help="of the indexed examples (query)")
     parser.add_argument("--most", type=int, default=1024, help="draws of a query that are tried")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of 4,096 float16 numbers")
+    parser.add_argument("--threads", type=int, default=processors(), help="(rows)")
+    parser.add_argument("--others", action="store_true", help="other ways to scan, too (rows)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="adds every number to it")
     options = parser.parse_args()
     case = CASES[options.model]
@@ -226,6 +322,8 @@ def main() -> None:
     elif options.what == "query":
         found = query(case, options.examples or (1898 if case.name == "demo" else 500),
                       options.draws, options.most)  # fmt: skip
+    elif options.what == "rows":
+        found = scans(options.rows, options.rounds, options.threads, options.others)
     else:
         found = memory(case, (500, 2000, 8000))
     report = {"machine": machine(), **found}
