@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from unsee.index.rows import scan_rows
 from unsee.models.unet import UNetDenoiser
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -26,7 +27,7 @@ def modules() -> dict[str, ModuleType]:
     try:
         return {
             name: importlib.import_module(name)
-            for name in ("flops", "scoring", "workers", "forward")
+            for name in ("flops", "scoring", "workers", "forward", "index")
         }
     finally:
         sys.path.remove(str(FOLDER))
@@ -186,3 +187,16 @@ def test_emulated_bfloat16_is_recognised(modules):
     assert "run at 0.033 of float32" in lacks({"float32": 9e10, "bfloat16": 3e9})
     assert "took more than" in lacks(None)
     assert lacks({"float32": 9e10, "bfloat16": 4e11}) is None
+
+
+def test_ways_to_scan_rows_do_the_same_work(modules) -> None:
+    rows = modules["index"].made_up_rows(300)  # more than a chunk of numpy's
+    asked = torch.nn.functional.normalize(torch.randn(3, rows.shape[1]), dim=1)
+    found = torch.from_numpy(modules["index"].numpy_scan(rows, asked))
+    # Sums of 4,096 products in float32, in another order.
+    torch.testing.assert_close(found, scan_rows(rows, asked), rtol=0, atol=1e-6)
+    target = torch.zeros_like(rows[:128])
+    modules["index"].copy_all(rows, target)
+    assert torch.equal(target[: 300 - 256], rows[256:])
+    with pytest.raises(SystemExit, match="make --rows smaller"):
+        modules["index"].made_up_rows(10**12)
