@@ -16,8 +16,8 @@ from unsee.data.batches import gather
 from unsee.draws import Draws
 from unsee.evaluation.twemoji import Benchmark
 from unsee.gradients import GradientKind, per_example_gradients
+from unsee.index.fisher import fit_diagonal_fisher
 from unsee.methods.example_gradients import GradientMatrix
-from unsee.methods.unlearning import fit_diagonal_fisher
 from unsee.models.unet import UNetDenoiser
 
 Fitted = DiagonalFisher | KFAC | EKFAC

@@ -17,8 +17,9 @@ from .data.dataset import ImageDataset, OnError
 from .data.latents import EncodedDataset, encode_dataset
 from .draws import Draws
 from .files import settings_key
+from .index.fisher import fit_diagonal_fisher
 from .methods.base import Scores
-from .methods.unlearning import ForwardAbU, fit_diagonal_fisher
+from .methods.unlearning import ForwardAbU
 from .models.base import Denoiser
 from .query import Query
 from .report import write_report

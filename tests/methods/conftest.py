@@ -14,7 +14,8 @@ from tests.models.test_unet import build
 from unsee.curvature.diagonal import DiagonalFisher
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
-from unsee.methods.unlearning import ForwardAbU, fit_diagonal_fisher
+from unsee.index.fisher import fit_diagonal_fisher
+from unsee.methods.unlearning import ForwardAbU
 from unsee.models.unet import UNetDenoiser
 from unsee.query import Query
 

@@ -10,9 +10,12 @@ import torch
 
 from tests.methods.conftest import examples
 from tests.reference.unlearning import training_losses
+from unsee.data.batches import gather
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
-from unsee.methods.forward import exact_kernels, forward_losses, gather, noise_floor, settings_key
+from unsee.files import settings_key
+from unsee.methods.forward import forward_losses, noise_floor
+from unsee.models.kernels import exact_kernels
 
 DRAWS = Draws(seed=2, n=3)
 FEW = ["picture-0", "picture-1", "picture-2"]
@@ -183,7 +186,7 @@ def test_tensorfloat_chosen_in_the_newer_words_is_off_inside_too() -> None:
     # In another process: torch cannot go back to the older words once the newer ones were used.
     code = """
 import torch
-from unsee.methods.forward import exact_kernels
+from unsee.models.kernels import exact_kernels
 places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 for place in places:
     place.fp32_precision = "tf32"

@@ -16,7 +16,8 @@ from tests.reference.gradients import row_gradients
 from unsee.data.dataset import load_dataset
 from unsee.data.latents import EncodedDataset, encode_dataset
 from unsee.draws import Draws
-from unsee.methods.unlearning import ForwardAbU, fit_diagonal_fisher, query_gradient, query_loss
+from unsee.index.fisher import fit_diagonal_fisher
+from unsee.methods.unlearning import ForwardAbU, query_gradient, query_loss
 from unsee.models.base import Denoiser, with_box
 from unsee.models.unet import UNetDenoiser
 

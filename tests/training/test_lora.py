@@ -17,7 +17,8 @@ from torch import Tensor
 from unsee.data.dataset import load_dataset
 from unsee.data.latents import EncodedDataset, encode_dataset
 from unsee.draws import Draws
-from unsee.methods.unlearning import ForwardAbU, fit_diagonal_fisher
+from unsee.index.fisher import fit_diagonal_fisher
+from unsee.methods.unlearning import ForwardAbU
 from unsee.models.base import Denoiser
 from unsee.models.loading import load_lora
 from unsee.training.commands import lora, training_loss
@@ -176,7 +177,9 @@ def test_an_attribution_over_the_adapters(
     before = {name: p.detach().clone() for name, p in model.parameters.items()}
     fisher = fit_diagonal_fisher(model, data, Draws(seed=5, n=2))
     query = model.generate("a red square", seed=0, steps=2)
-    method = ForwardAbU(model, data, fisher, rise=0.05, draws=Draws(n=2), query_draws=Draws(seed=1, n=4))
+    method = ForwardAbU(
+        model, data, fisher, rise=0.05, draws=Draws(n=2), query_draws=Draws(seed=1, n=4)
+    )
     scores = method.attribute(query)
     assert scores.ids == data.ids
     assert np.ptp(scores.values) > 0

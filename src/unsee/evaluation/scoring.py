@@ -20,6 +20,7 @@ from ..curvature.kfac import EKFAC, KFAC, KroneckerCovariances, kronecker_covari
 from ..data.batches import gather
 from ..data.latents import EncodedDataset
 from ..draws import Draws
+from ..index.fisher import fit_diagonal_fisher
 from ..index.index import Index
 from ..methods.base import Scores
 from ..methods.example_gradients import (
@@ -32,7 +33,6 @@ from ..methods.indexed import AbU
 from ..methods.influence import influence_scores
 from ..methods.similarity import Feature, similarity_scores
 from ..methods.trak import trak_kernel, trak_scores
-from ..methods.unlearning import fit_diagonal_fisher
 from .twemoji import Benchmark
 
 LOG = logging.getLogger(__name__)

@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 from ..data.batches import gather
 from ..data.latents import EncodedExamples
 from ..draws import DrawSource
-from ..files import settings_key, write_atomically  # noqa: F401
+from ..files import write_atomically
 from ..models.base import Denoiser
-from ..models.kernels import exact_kernels  # noqa: F401
 
 
 @torch.no_grad()

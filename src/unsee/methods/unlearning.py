@@ -24,7 +24,6 @@ from ..data.latents import EncodedExamples
 from ..draws import Draws
 from ..files import settings_key
 from ..gradients import Gradients, mean_gradient, wide
-from ..index.fisher import fit_diagonal_fisher as fit_diagonal_fisher
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
 from ..query import Query
