@@ -1,0 +1,62 @@
+"""Confirms a choice on halves that were trained after it: python benchmarks/twemoji/confirm.py WORK
+
+The default of AbU on an index was chosen when halves 1 to 8 and 33 to 40 were measured. This
+judges it, and what it is held against, on all others, with settings as they were then.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from judge import stored
+
+from unsee.evaluation.intervals import Estimate, lds_interval, paired_difference
+from unsee.evaluation.twemoji import load_benchmark
+
+SEEN = (*range(1, 9), *range(33, 41))
+"""Halves that were measured when the choice was made."""
+
+CHOICE = "index, EK-FAC loss + output norm, damping 0.1"
+OTHERS = (
+    "influence, diagonal per draw, damping 0.01",
+    "AbU, damped Fisher, rise 0.05",
+    "influence, EK-FAC averaged, damping 1",
+    "D-TRAK, all parameters, ridge 0.1",
+    "EK-FAC averaged + output norm, EK-FAC, damping 0.1",
+    "EK-FAC averaged + D-TRAK, K and V, damping 0.1",
+)
+
+
+def text(e: Estimate, signed: bool = False) -> str:
+    form = "+.3f" if signed else ".3f"
+    return f"{e.value:{form}} [{e.low:{form}}, {e.high:{form}}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    arguments = parser.parse_args()
+    benchmark = load_benchmark(arguments.work / "encoded")
+    outcomes = benchmark.outcomes()
+    new = np.array([n not in SEEN for n in outcomes.numbers])
+    masks, losses = outcomes.masks[new], outcomes.losses[new]
+    methods = stored(arguments.work, benchmark)
+    print(
+        f"{new.sum()} halves\n\n| method | queries | LDS | the default over it |\n|---|--:|---|---|"
+    )
+    choice = methods[CHOICE]
+    for name in (CHOICE, *OTHERS):
+        scores = methods[name]
+        asked = np.isfinite(scores).all(1)  # real unlearning was done for some of the queries
+        of = losses[:, asked]
+        over = "-"
+        if name != CHOICE:
+            over = text(paired_difference(choice[asked], scores[asked], masks, of), True)
+        lds = text(lds_interval(scores[asked], masks, of))
+        print(f"| {name} | {asked.sum()} | {lds} | {over} |")
+
+
+if __name__ == "__main__":
+    main()
