@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 SMALLEST_ERROR = 1e-6
 """Added to squared errors before their logarithm: a picture that is perfect, 66 dB, counts."""
 
+FAST = torch.channels_last
+"""Memory format of the weights while they are trained: convolutions of so few channels are faster
+with it on a CPU."""
+
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
@@ -120,7 +124,7 @@ def train_autoencoder(
     """
     with seeded_weights(optimization.seed):
         model = build_autoencoder(recipe)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device=device, memory_format=FAST)  # type: ignore[call-overload]
 
     def loss_of(positions: Tensor, generator: torch.Generator) -> Tensor:
         target = pixels[positions].to(device)
@@ -133,6 +137,7 @@ def train_autoencoder(
     settings = {**dataclasses.asdict(recipe), "pixels": _fingerprint([pixels])}
     order = BatchOrder(torch.arange(len(pixels)), optimization.batch_size, optimization.seed)
     train(model, loss_of, order, optimization, directory, settings)
+    model.to(memory_format=torch.contiguous_format)  # safetensors writes no other
     latents = encode(model, pixels)
     model.register_to_config(scaling_factor=float(1 / latents.std()))
     return model
@@ -169,8 +174,10 @@ def train_decoder(
 
     parts = [p for p in (model.post_quant_conv, model.decoder) if p is not None]
     parameters = [p for part in parts for p in part.parameters()]
+    model.to(memory_format=FAST)  # type: ignore[call-overload]
     order = BatchOrder(torch.arange(len(pixels)), optimization.batch_size, optimization.seed)
     train(model, loss_of, order, optimization, directory, settings, parameters)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _fingerprint(tensors: Iterable[Tensor]) -> str:
