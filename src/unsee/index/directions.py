@@ -17,6 +17,10 @@ from torch import Tensor
 from ..gradients import Gradients
 from .factors import Layer
 
+DIFFERENCE_WEIGHT = 0.3
+"""Of half the difference of a direction's halves, beside their mean, when it is truncated. Only
+standard errors are made of it: it may be as much coarser."""
+
 
 @dataclass(frozen=True)
 class Directions:
@@ -25,8 +29,9 @@ class Directions:
     Attributes:
         full: [2Q, width of the text state, channels of all layers] float32; the halves of a query
             behind one another.
-        left: for each query and layer [channels, rank] float32; None where nothing was truncated.
-        right: for each query and layer [2, width of the text state, rank] float32.
+        left: for each query and layer [2, channels, rank] float32, of both halves; None where
+            nothing was truncated.
+        right: for each query and layer [width of the text state, rank] float32.
         lost: largest share of a query's expected squared score that truncation gives up.
     """
 
@@ -76,7 +81,7 @@ class Moments:
         return self.vectors[0].T @ directions @ self.vectors[1]
 
     def rotate_back(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the two sides, [channels, r] and [..., r, width], in the weight's basis."""
+        """Returns the two sides, [..., channels, r] and [r, width], in the weight's basis."""
         if self.vectors is None:
             return left, right
         return self.vectors[0] @ left, right @ self.vectors[1].T
@@ -129,7 +134,8 @@ def directions(
     left, right, lost = [], [], 0.0
     for query in halves:
         parts = [_Decomposed.of(query[la.name], moments[la.name]) for la in layers]
-        ranks, share = _ranks([p.values for p in parts], tolerance)
+        total = sum(p.expected for p in parts)
+        ranks, share = _ranks([p.values for p in parts], total, tolerance)
         lost = max(lost, share)
         sides = [p.truncated(r) for p, r in zip(parts, ranks, strict=True)]
         left.append([a for a, _ in sides])
@@ -140,39 +146,47 @@ def directions(
 
 @dataclass(frozen=True)
 class _Decomposed:
-    """Singular value decomposition of both halves of a direction, side by side and weighted."""
+    """Singular value decomposition of a direction: its mean, and below it half its difference.
+
+    Both are weighted. One right side, that of the text, serves both halves, and the text is most
+    of the work.
+    """
 
     left: Tensor
     values: Tensor
     right: Tensor
     moments: Moments
+    expected: float  # square of the score
 
     @classmethod
     def of(cls, halves: Tensor, moments: Moments) -> _Decomposed:
         weighted = moments.rotate(halves.float()) * moments.outputs[:, None] * moments.inputs
-        u, s, v = torch.linalg.svd(torch.cat(list(weighted), dim=1), full_matrices=False)
-        return cls(u, s, v, moments)
+        mean, difference = weighted.mean(0), (weighted[0] - weighted[1]) / 2
+        stacked = torch.cat([mean, DIFFERENCE_WEIGHT * difference])
+        u, s, v = torch.linalg.svd(stacked, full_matrices=False)
+        return cls(u, s, v, moments, float(mean.double().square().sum()))
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Returns [channels, rank] and [2, rank, width], without the weights."""
-        left = self.left[:, :rank] / self.moments.outputs[:, None]
-        right = self.values[:rank, None] * self.right[:rank]
+        """Returns [2, channels, rank] and [rank, width], without the weights."""
+        mean, difference = (self.left[:, :rank] * self.values[:rank]).chunk(2)
+        difference = difference / DIFFERENCE_WEIGHT
+        left = torch.stack([mean + difference, mean - difference])
         return self.moments.rotate_back(
-            left, torch.stack(right.chunk(2, dim=1)) / self.moments.inputs
+            left / self.moments.outputs[:, None], self.right[:rank] / self.moments.inputs
         )
 
 
-def _ranks(values: Sequence[Tensor], tolerance: float) -> tuple[list[int], float]:
-    """Returns the rank of each layer, and the share of the squares that is lost.
+def _ranks(values: Sequence[Tensor], expected: float, tolerance: float) -> tuple[list[int], float]:
+    """Returns the rank of each layer, and the share of `expected` that is lost at most.
 
     The smallest singular values of all layers go first.
     """
     squares = [v.double().square() for v in values]
     every = torch.cat(squares).sort().values
-    total = float(every.sum())
-    if total == 0:
+    if float(every.sum()) == 0:
         return [1] * len(values), 0.0
-    gone = int((every.cumsum(0) <= tolerance * total).sum())
+    # One stays, whatever the tolerance.
+    gone = min(int((every.cumsum(0) <= tolerance * expected).sum()), len(every) - 1)
     ranks = [max(1, int((s >= every[gone]).sum())) for s in squares]
-    kept = sum(float(s[:r].sum()) for s, r in zip(squares, ranks, strict=True))
-    return ranks, max(0.0, 1 - kept / total)
+    dropped = sum(float(s[r:].sum()) for s, r in zip(squares, ranks, strict=True))
+    return ranks, dropped / expected if expected else 0.0

@@ -36,7 +36,7 @@ def scan(stored: Quantised, text: Tensor, layers: Sequence[Layer], asked: Direct
     found = torch.zeros(views, rows, 2, asked.count, dtype=torch.float64)
     truncated = _truncation_pays(asked, length, text.shape[-1])
     if truncated:
-        chunk = at_once(2 * length * (channels + asked.rank))
+        chunk = at_once(2 * (length + channels // len(layers)) * (channels + asked.rank))
     else:
         chunk = at_once(2 * text.shape[-1] * channels)
     device = asked.full.device
@@ -66,8 +66,8 @@ def _truncation_pays(asked: Directions, length: int, width: int) -> bool:
     if asked.left is None or asked.right is None:
         return False
     channels = asked.full.shape[2]
-    projected = sum(p.numel() for q in asked.left for p in q)
-    by_tokens = length * (2 * width * asked.rank + 2 * projected)
+    sides = sum(p.numel() for q in asked.left for p in q)  # of two halves
+    by_tokens = length * (width * asked.rank + sides) + 2 * sides
     formed = 2 * length * width * channels + 2 * width * channels * asked.count
     return by_tokens < formed
 
@@ -77,16 +77,17 @@ def _by_tokens(
 ) -> Tensor:
     """Returns [r, 2, 2Q] for factors [r, 2, T, channels] and text [r, T, width]."""
     assert asked.left is not None and asked.right is not None
-    values = factors.values.float().split([la.channels for la in layers], dim=-1)
+    values = factors.values.split([la.channels for la in layers], dim=-1)
     products = []
     for left, right in zip(asked.left, asked.right, strict=True):
-        sizes = torch.tensor([p.shape[-1] for p in right], device=text.device)
-        # The scales of the tokens, put on after the projection, are fewer.
-        projected = torch.cat([v @ p for v, p in zip(values, left, strict=True)], dim=-1)
-        projected = projected * factors.scales.repeat_interleave(sizes, dim=-1)  # [r, 2, T, R]
-        states = text @ torch.cat([p for half in (0, 1) for p in (r[half] for r in right)], dim=-1)
-        seen = states.unflatten(-1, (2, -1))  # [r, T, 2, R]
-        products.append(projected.flatten(2) @ seen.transpose(1, 2).flatten(2).mT)
+        states = (text @ torch.cat(right, dim=-1)).split([p.shape[-1] for p in right], dim=-1)
+        total: Tensor | float = 0.0
+        for i, (factor, seen, sides) in enumerate(zip(values, states, left, strict=True)):
+            scaled = seen[:, None] * factors.scales[..., i, None]  # [r, 2, T, rank]
+            # The gradient against the right side serves both halves of the direction.
+            part = scaled.mT @ factor.float()  # [r, 2, rank, channels]
+            total = total + part.flatten(2) @ sides.permute(2, 1, 0).flatten(0, 1)
+        products.append(total)
     return torch.cat(products, dim=-1)
 
 
