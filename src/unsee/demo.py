@@ -88,13 +88,13 @@ def run_demo(out: Path) -> Path:
         query = model.generate(prompt, seed, guidance_scale=GUIDANCE)
         generated = time.monotonic()
         scores = method.attribute(query)
-        seconds[f"attribution of picture {number}"] = time.monotonic() - generated
+        took = time.monotonic() - generated
+        seconds[f"attribution of picture {number}"] = took
         scores.save(out / f"scores-{number}.parquet")
         contact_sheet(scores.top(10), data).save(out / f"contact-sheet-{number}.png")
         results.append(scores)
         captions = dict(zip(data.ids, data.captions, strict=True))
-        print(f"{prompt!r} (seed {seed}) was made possible by "
-              f"({time.monotonic() - generated:.1f} s):")  # fmt: skip
+        print(f"{prompt!r} (seed {seed}) was made possible by ({took:.1f} s):")
         for identifier, value in zip(scores.top(5).ids, scores.top(5).values, strict=True):
             print(f"  {value:>10.3g}  {captions[identifier][0]}")
     whole = time.monotonic() - started

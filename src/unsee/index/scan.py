@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .directions import Directions
 from .factors import Layer, Quantised, dequantise
@@ -36,7 +37,8 @@ def scan(stored: Quantised, text: Tensor, layers: Sequence[Layer], asked: Direct
     found = torch.zeros(views, rows, 2, asked.count, dtype=torch.float64)
     truncated = _truncation_pays(asked, length, text.shape[-1])
     if truncated:
-        chunk = at_once(2 * (length + channels // len(layers)) * (channels + asked.rank))
+        largest = max(p[0].numel() for q in asked.left or () for p in q)
+        chunk = at_once(length * (2 * channels + asked.rank) + 2 * largest)
     else:
         chunk = at_once(2 * text.shape[-1] * channels)
     device = asked.full.device
@@ -86,7 +88,7 @@ def _by_tokens(
             scaled = seen[:, None] * factors.scales[..., i, None]  # [r, 2, T, rank]
             # The gradient against the right side serves both halves of the direction.
             part = scaled.mT @ factor.float()  # [r, 2, rank, channels]
-            total = total + part.flatten(2) @ sides.permute(2, 1, 0).flatten(0, 1)
+            total = total + functional.linear(part.flatten(2), sides.flatten(1))
         products.append(total)
     return torch.cat(products, dim=-1)
 

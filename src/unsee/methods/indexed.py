@@ -81,7 +81,7 @@ class AbU:
     columns: Sequence[str] | None = None
     rise: float = 0.05
     query_draws: Draws | None = None
-    batch_size: int = 32
+    batch_size: int = 64
     tolerance: float = 1e-4
     forward: bool = False
     shortlist: int = 200
