@@ -166,7 +166,7 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
         "forward_backward_seconds": backward, "published_seconds": published,
     }  # fmt: skip
     for number, seconds in times.items():
-        one = seconds["query's gradient"] + seconds["scan"] * total / count
+        one = seconds["query's gradient"] + seconds["scan"] * total * views / count
         result[f"seconds_of_{number}"] = {**seconds, "for_all_examples": one}
         result[f"times_faster_{number}"] = published / one
     return result

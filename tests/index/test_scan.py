@@ -118,6 +118,19 @@ def test_chunks_change_nothing(by_tokens: bool, monkeypatch) -> None:
     assert_close(scan(factors, text, LAYERS, asked), expected)
 
 
+@pytest.mark.parametrize("by_tokens", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_captions_are_averaged(by_tokens: bool, at_once: int, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
+    monkeypatch.setattr(module, "at_once", lambda _: at_once)
+    factors, text = stored()
+    counts = [2, 1, 3, 1, 2]
+    asked = directions(queries(2), LAYERS, WEIGHTS, flat_moments(), 1e-13)
+    found = scan(factors, text, LAYERS, asked, counts)
+    alone = explicit(factors, text, queries(2)).split(counts, dim=1)
+    assert_close(found, torch.stack([a.mean(1) for a in alone], dim=1))
+
+
 def test_what_truncation_loses_is_what_it_says() -> None:
     """For gradients whose channels and inputs are independent, of known second moments."""
     layer = Layer("a", 16, 20, None, False)

@@ -27,7 +27,7 @@ class Directions:
     """Directions of Q queries, in two halves of their draws.
 
     Attributes:
-        full: [2Q, width of the text state, channels of all layers] float32; the halves of a query
+        full: for each layer [2Q, width of the text state, channels] float32; the halves of a query
             behind one another.
         left: for each query and layer [2, rank, channels] float32, of both halves; None where
             nothing was truncated.
@@ -35,7 +35,7 @@ class Directions:
         lost: largest share of a query's expected squared score that truncation gives up.
     """
 
-    full: Tensor
+    full: list[Tensor]
     left: list[list[Tensor]] | None = None
     right: list[list[Tensor]] | None = None
     lost: float = 0.0
@@ -43,7 +43,7 @@ class Directions:
     @property
     def count(self) -> int:
         """2Q."""
-        return len(self.full)
+        return len(self.full[0])
 
     @property
     def rank(self) -> int:
@@ -56,7 +56,9 @@ class Directions:
         def moved(parts: list[list[Tensor]] | None) -> list[list[Tensor]] | None:
             return None if parts is None else [[p.to(device) for p in q] for q in parts]
 
-        return Directions(self.full.to(device), moved(self.left), moved(self.right), self.lost)
+        return Directions(
+            [f.to(device) for f in self.full], moved(self.left), moved(self.right), self.lost
+        )
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ def directions(
     def seen(direction: Tensor, layer: Layer) -> Tensor:
         return direction if layer.reads is None else direction @ weights[layer.reads].to(direction)
 
-    full = torch.cat(
-        [torch.cat([seen(q[la.name], la).mT for la in layers], dim=2).float() for q in halves]
-    )
+    full = [
+        torch.cat([seen(q[la.name], la).mT for q in halves]).float().contiguous() for la in layers
+    ]
     if moments is None or tolerance <= 0:
         return Directions(full)
     left, right, lost = [], [], 0.0

@@ -21,40 +21,48 @@ PRODUCT_BYTES = 100_000_000
 """What exists of products or gradients at the same time."""
 
 
-def scan(stored: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions) -> Tensor:
-    """Inner products of the gradients of a shard's captions with directions.
+def scan(
+    stored: Quantised,
+    text: Tensor,
+    layers: Sequence[Layer],
+    asked: Directions,
+    counts: Sequence[int] | None = None,
+) -> Tensor:
+    """Inner products of the gradients of a shard's examples with directions.
 
     Args:
-        stored: factors [views, R, 2, T, channels].
+        stored: factors [views, R, 2, T, channels], of the captions of one example after another.
         text: [R, T, width] float32.
         layers: of the index.
         asked: directions, on the device that is to do the work.
+        counts: how many captions each example has; one by default.
 
     Returns:
-        [views, R, 2, 2Q] float64, on the CPU.
+        [views, examples, 2, 2Q] float64, averaged over captions, on the CPU.
     """
-    views, rows, _, length, channels = stored.values.shape
-    found = torch.zeros(views, rows, 2, asked.count, dtype=torch.float64)
-    truncated = _truncation_pays(asked, length, text.shape[-1])
-    if truncated:
-        largest = max(p[0].numel() for q in asked.left or () for p in q)
-        chunk = at_once(length * (2 * channels + asked.rank) + 2 * largest)
-    else:
-        chunk = at_once(2 * text.shape[-1] * channels)
-    device = asked.full.device
-    for first in range(0, rows, chunk):
-        part = slice(first, first + chunk)
-        states = text[part].to(device, torch.float32)
-        for view in range(views):
-            factors = Quantised(
-                stored.values[view, part].to(device), stored.scales[view, part].to(device)
-            )
-            if truncated:
-                got = _by_tokens(factors, states, layers, asked)
-            else:
-                dense = dequantise(factors, layers)  # [r, 2, T, channels]
-                got = form_gradients(dense, states).flatten(2) @ asked.full.flatten(1).T
-            found[view, part] = got.double().cpu()
+    sizes = torch.ones(len(text), dtype=torch.long) if counts is None else torch.tensor(counts)
+    starts = sizes.cumsum(0) - sizes
+    views, _, _, length, channels = stored.values.shape
+    found = torch.zeros(views, len(sizes), 2, asked.count, dtype=torch.float64)
+    device = asked.full[0].device
+    for captions in sizes.unique().tolist():
+        # A mean over captions is one caption with the tokens of all.
+        tokens, width = captions * length, text.shape[-1]
+        truncated = _truncation_pays(asked, tokens, width)
+        products = _truncated if truncated else _whole
+        sides = asked.left if truncated and asked.left is not None else [asked.full]
+        largest = max(p[0].numel() for q in sides for p in q)
+        chunk = at_once(tokens * (2 * channels + width + asked.rank) + 2 * largest)
+        for part in (sizes == captions).nonzero()[:, 0].split(chunk):
+            rows = starts[part, None] + torch.arange(captions)  # [r, captions]
+            states = text[rows].flatten(1, 2).to(device, torch.float32)
+            for view in range(views):
+                values, scales = (
+                    x[view][rows].transpose(1, 2).flatten(2, 3).to(device)
+                    for x in (stored.values, stored.scales)
+                )
+                got = products(Quantised(values, scales), states, layers, asked)
+                found[view, part] = got.double().cpu() / captions
     return found
 
 
@@ -67,14 +75,14 @@ def _truncation_pays(asked: Directions, length: int, width: int) -> bool:
     """Compares multiplications for one caption."""
     if asked.left is None or asked.right is None:
         return False
-    channels = asked.full.shape[2]
+    channels = sum(f.shape[2] for f in asked.full)
     sides = sum(p.numel() for q in asked.left for p in q)  # of two halves
     by_tokens = length * (width * asked.rank + sides) + 2 * sides
     formed = 2 * length * width * channels + 2 * width * channels * asked.count
     return by_tokens < formed
 
 
-def _by_tokens(
+def _truncated(
     factors: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions
 ) -> Tensor:
     """Returns [r, 2, 2Q] for factors [r, 2, T, channels] and text [r, T, width]."""
@@ -89,10 +97,17 @@ def _by_tokens(
             # The gradient against the right side serves both halves of the direction.
             part = scaled.mT @ factor.float()  # [r, 2, rank, channels]
             total = total + functional.linear(part.flatten(2), sides.flatten(1))
+        assert isinstance(total, Tensor)
         products.append(total)
     return torch.cat(products, dim=-1)
 
 
-def form_gradients(factors: Tensor, text: Tensor) -> Tensor:
-    """Returns the gradients [r, 2, width, channels], transposed, of factors [r, 2, T, channels]."""
-    return text.mT[:, None] @ factors
+def _whole(factors: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions) -> Tensor:
+    """Does what `_truncated` does with whole directions, from gradients that it forms."""
+    total: Tensor | float = 0.0
+    dense = dequantise(factors, layers).split([la.channels for la in layers], dim=-1)
+    for factor, direction in zip(dense, asked.full, strict=True):
+        gradients = text.mT[:, None] @ factor  # [r, 2, width, channels]
+        total = total + functional.linear(gradients.flatten(2), direction.flatten(1))
+    assert isinstance(total, Tensor)
+    return total

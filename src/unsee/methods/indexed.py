@@ -220,16 +220,11 @@ class AbU:
 
 def _example_products(index: Index, column: str, shard: Shard, asked: Directions) -> np.ndarray:
     """Returns [n, views, 2, 2Q] float64, averaged over captions."""
-    examples = index.examples(shard)
-    counts = torch.tensor(examples.caption_counts)
-    views = index.manifest.settings["views"]
-    total = torch.zeros(len(counts), views, HALVES, asked.count, dtype=torch.float64)
-    if examples.ids:
-        products = scan(index.factors(column, shard), index.text(shard), index.layers, asked)
-        owner = torch.arange(len(counts)).repeat_interleave(counts)
-        total.index_add_(0, owner, products.transpose(0, 1))
-        total /= counts[:, None, None, None]
-    return total.numpy()
+    counts = index.examples(shard).caption_counts
+    if not counts:
+        return np.zeros((0, index.manifest.settings["views"], HALVES, asked.count))
+    products = scan(index.factors(column, shard), index.text(shard), index.layers, asked, counts)
+    return products.transpose(0, 1).numpy()
 
 
 def query_gradients(
