@@ -135,6 +135,15 @@ def fewest_draws(index: Index, asked: Sequence[Query], most: int) -> tuple[int, 
         n *= 2
 
 
+def draws_needed(n: int, agreement: float) -> int:
+    """Returns the draws at which two sets agree, if each draw adds noise of its own (the formula
+    of Spearman and Brown), where `n` are too few."""
+    if agreement >= AGREEMENT:
+        return n
+    odds = AGREEMENT / (1 - AGREEMENT)
+    return round(n * odds * (1 - agreement) / max(agreement, 1e-3))
+
+
 def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
     """Times queries from an index, and the published work of one."""
     model, data = case.build(), examples(case, count)
@@ -142,12 +151,12 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
         index = Index.build(folder, model, data, ("factors",), draws=Draws(0, draws))
         index.curvature("ekfac", "factors")
         n, agreement = fewest_draws(index, queries(case, 4), most)
-        method = AbU(index, query_draws=Draws(1, n))
+        method = AbU(index, query_draws=Draws(1, n), columns=["factors"])
         times = {}
-        for number in (1, 32):
-            asked = queries(case, number)
-            seconds = [method.attribute_many(asked)[0].settings["seconds"] for _ in range(2)][-1]
+        for number in (1, 32):  # what came before has read the index, as far as it fits
+            seconds = method.attribute_many(queries(case, number))[0].settings["seconds"]
             times[number] = {k: v / number for k, v in seconds.items()}
+    needed = draws_needed(n, agreement[-1])
     few = examples(case, max(2, 256 // (case.captions * case.draws)), seed=2)
     rows = range(len(few.ids))
     forward = timed(lambda: forward_losses(model, few, Draws(0, case.draws), rows))
@@ -162,11 +171,13 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
     ) * backward + total * views * case.captions * case.draws * forward
     result: dict[str, Any] = {
         "examples_measured": count, "examples": total, "draws_of_examples": draws,
-        "query_draws": n, "agreement": agreement, "forward_seconds": forward,
-        "forward_backward_seconds": backward, "published_seconds": published,
+        "query_draws": n, "agreement": agreement, "query_draws_needed": needed,
+        "forward_seconds": forward, "forward_backward_seconds": backward,
+        "published_seconds": published,
     }  # fmt: skip
     for number, seconds in times.items():
-        one = seconds["query's gradient"] + seconds["scan"] * total * views / count
+        one = (seconds["query's gradient"] * needed / n + seconds["directions"]
+               + seconds["scan"] * total * views / count)  # fmt: skip
         result[f"seconds_of_{number}"] = {**seconds, "for_all_examples": one}
         result[f"times_faster_{number}"] = published / one
     return result

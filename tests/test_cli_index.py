@@ -284,7 +284,10 @@ def test_attribute_without_data_needs_a_run(
         (["--use-columns", "loss"], "'loss' is no column of gradients"),
         (["--query-draws", "3"], "3 draws do not make two halves"),
         (["--box", "0,0,99,99"], "box"),
-        (["--forward", "--curvature", "identity"], "forward: choose a curvature"),
+        (
+            ["--forward", "--curvature", "identity"],
+            "--curvature identity does not go with --forward",
+        ),
     ],
 )
 def test_options_that_a_run_cannot_heed_are_refused(

@@ -114,6 +114,9 @@ def _check(args: argparse.Namespace) -> None:
                "leave it out, or give MODEL and DATA")  # fmt: skip
         if not args.forward:
             refuse(OF_FORWARD, "needs --forward: the first order unlearns nothing, and scores all")
+        elif args.curvature == "identity":
+            raise ValueError("--curvature identity does not go with --forward: unlearning needs a "
+                             "curvature, use ekfac or diagonal_per_draw")  # fmt: skip
     elif args.data is None:
         raise ValueError(
             f"{args.model!r} is no run that `unsee index` made: give DATA, the model's training "

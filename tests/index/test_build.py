@@ -32,7 +32,7 @@ from unsee.index.table import read_ids
 from unsee.methods.forward import forward_losses
 
 from .conftest import DRAWS, build_index, contents, small_model
-from .killed import KILLS, fill
+from .killed import KILLS, change, fill
 
 
 class Stopped(Exception):
@@ -204,12 +204,24 @@ def test_a_build_killed_twenty_times_ends_with_the_same_bytes(killed, tmp_path: 
     folder, found = killed
     fill(tmp_path)
     whole = contents(tmp_path)
-    assert len(found) == KILLS
-    assert any(0 < count < 48 for count in found), found  # kills fell into the pass
+    assert len(found) == 2 * KILLS
+    assert any(0 < count < 48 for count in found[:KILLS]), found  # kills fell into the pass
     for path in (folder / "killed").iterdir():
-        # What a killed writer leaves has a hidden name, and is never read.
-        files = {name: text for name, text in contents(path).items() if "/." not in f"/{name}"}
-        assert files == whole, path.name
+        assert seen(path) == whole, path.name
+
+
+def seen(path: Path) -> dict[str, bytes]:
+    """Returns all files but those that killed writers leave: these have a hidden name, and are
+    never read."""
+    return {name: text for name, text in contents(path).items() if "/." not in f"/{name}"}
+
+
+def test_additions_and_deletions_that_are_killed_end_with_the_same_bytes(killed, tmp_path) -> None:
+    """Each time in a new process, which knows nothing of what the last one began."""
+    change(tmp_path)
+    whole = contents(tmp_path)
+    for path in (killed[0] / "changed").iterdir():
+        assert seen(path) == whole, path.name
 
 
 def test_two_builders_at_once_end_with_the_same_bytes(killed, tmp_path: Path) -> None:

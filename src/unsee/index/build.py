@@ -72,9 +72,10 @@ def settings_of(
         raise ValueError("index: encoders are for the column `features`: add it to the columns")
     parameter = next(iter(model.parameters.values()))
     return {
+        # The fingerprint differs with the dtype too: the dtype, which says more, comes first.
+        "dtype": str(parameter.dtype).removeprefix("torch."),
         "model": model.fingerprint(),
         "prediction_type": model.prediction_type,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
         "layers": [dataclasses.asdict(layer) for layer in text_layers(model)],
         "draws": dataclasses.asdict(draws),
         "views": 2 if flips else 1,

@@ -154,8 +154,8 @@ class _Decomposed:
     of the work.
     """
 
-    stacked: Tensor
-    vectors: Tensor
+    left: Tensor
+    right: Tensor
     values: Tensor
     moments: Moments
     expected: float  # square of the score
@@ -169,19 +169,20 @@ class _Decomposed:
         # since squares of small gradients may underflow.
         scale = float(stacked.abs().max()) or 1.0
         wide = stacked.double() / scale
-        squares, vectors = torch.linalg.eigh(wide @ wide.T)
+        tall = wide.shape[0] > wide.shape[1]
+        squares, vectors = torch.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)
+        vectors = vectors.flip(1).float()
+        left, right = (stacked @ vectors, vectors.T) if tall else (vectors, vectors.T @ stacked)
         values = squares.clamp_min(0).sqrt().flip(0) * scale
-        return cls(stacked, vectors.flip(1).float(), values, moments,
-                   float(mean.double().square().sum()))  # fmt: skip
+        return cls(left, right, values, moments, float(mean.double().square().sum()))
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """Returns [2, rank, channels] and [rank, width], without the weights."""
-        kept = self.vectors[:, :rank]
-        mean, difference = kept.chunk(2)
+        mean, difference = self.left[:, :rank].chunk(2)
         difference = difference / DIFFERENCE_WEIGHT
         left = torch.stack([mean + difference, mean - difference])
         left, right = self.moments.rotate_back(
-            left / self.moments.outputs[:, None], kept.T @ self.stacked / self.moments.inputs
+            left / self.moments.outputs[:, None], self.right[:rank] / self.moments.inputs
         )
         return left.mT.contiguous(), right
 

@@ -48,7 +48,7 @@ from .layout import (
     write_shard,
     writing,
 )
-from .table import read_ids, write_table
+from .table import finished, read_ids, write_table
 
 DEFAULT_COLUMNS = ("loss", "factors", "outputs")
 MEMORY_BYTES = 500_000_000
@@ -77,7 +77,7 @@ class Index:
         if ids is None:
             raise ValueError(
                 f"index {str(path)!r}: its table of examples is not complete; run the same "
-                "`unsee index` again to finish it"
+                "`unsee index`, or `append` with the same examples, again to finish it"
             )
         self.ids: list[str] = ids
         self._memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]] = {}
@@ -100,7 +100,7 @@ class Index:
         batch_size: int = 64,
         on_error: OnError = "raise",
     ) -> Self:
-        """Builds an index, or goes on with one that was begun.
+        """Builds an index, or goes on with one that was begun, or with an addition to it.
 
         Args:
             path: its folder.
@@ -128,34 +128,31 @@ class Index:
         if (path / "manifest.json").is_file():
             manifest = read_manifest(path)
             manifest.check(settings, path)
-            was = manifest.parts[0]
-            if (was.fingerprint, was.count) != (part.fingerprint, part.count):
-                raise ValueError(
-                    f"index {str(path)!r}: it is of the data set {was.name!r} ({was.count} "
-                    f"examples, fingerprint {was.fingerprint}), not of {part.name!r} "
-                    f"({part.count}, {part.fingerprint}): ids, captions or their order differ; "
-                    "use another folder, or Index.append for further examples"
-                )
+            number = manifest.number_of(part, path)
+            if number < len(manifest.parts) - 1:
+                before = finished(path, manifest)
+                if before is not manifest:
+                    return cls(path, model, before)
         else:
-            manifest = plan_shards(Manifest(settings, environment_of(model)), part)
+            number, manifest = 0, plan_shards(Manifest(settings, environment_of(model)), part)
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
                 write_manifest(path, manifest)
-        return cls._fill(path, manifest, model, data, 0, batch_size, seen_by)
+        return cls._fill(path, manifest, model, data, number, batch_size, seen_by)
 
     @classmethod
     def open(cls, path: str | Path, model: Denoiser) -> Self:
-        """Opens a finished index.
+        """Opens a finished index; with a warning, what it was before an unfinished addition.
 
         Raises:
             ValueError: there is none, it is not finished, or it is of another model.
         """
         path = Path(path)
-        manifest = read_manifest(path)
+        manifest = finished(path, read_manifest(path))
         parameter = next(iter(model.parameters.values()))
         about = {
-            "model": model.fingerprint(),
             "dtype": str(parameter.dtype).removeprefix("torch."),
+            "model": model.fingerprint(),
         }
         manifest.check({**manifest.settings, **about}, path)
         names = [layer["name"] for layer in manifest.settings["layers"]]

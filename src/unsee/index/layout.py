@@ -101,6 +101,29 @@ class Manifest:
         about = [part.fingerprint, part.count, dataclasses.asdict(shard)]
         return f"{_hash(self.settings)}-{_hash(about)}"
 
+    def number_of(self, part: Part, path: Path) -> int:
+        """Returns which of the data sets a part is.
+
+        Raises:
+            ValueError: none of them.
+        """
+        for number, known in enumerate(self.parts):
+            if (known.fingerprint, known.count) == (part.fingerprint, part.count):
+                return number
+        was = self.parts[0]
+        raise ValueError(
+            f"index {str(path)!r}: it is of the data set {was.name!r} ({was.count} "
+            f"examples, fingerprint {was.fingerprint}), not of {part.name!r} "
+            f"({part.count}, {part.fingerprint}): ids, captions or their order differ; "
+            "use another folder, or Index.append for further examples"
+        )
+
+    def without_last_part(self) -> Manifest:
+        """Returns what the index was before the last data set was added."""
+        last = len(self.parts) - 1
+        shards = [s for s in self.shards if s.part < last]
+        return dataclasses.replace(self, parts=self.parts[:-1], shards=shards)
+
     def check(self, settings: Mapping[str, Any], path: Path) -> None:
         """Refuses other settings.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .directions import Directions
-from .factors import Layer, Quantised, dequantise
+from .factors import Layer, Quantised
 
 PRODUCT_BYTES = 100_000_000
 """What exists of products or gradients at the same time."""
@@ -42,7 +42,7 @@ def scan(
     """
     sizes = torch.ones(len(text), dtype=torch.long) if counts is None else torch.tensor(counts)
     starts = sizes.cumsum(0) - sizes
-    views, _, _, length, channels = stored.values.shape
+    views, length = len(stored.values), stored.values.shape[3]
     found = torch.zeros(views, len(sizes), 2, asked.count, dtype=torch.float64)
     device = asked.full[0].device
     for captions in sizes.unique().tolist():
@@ -50,9 +50,11 @@ def scan(
         tokens, width = captions * length, text.shape[-1]
         truncated = _truncation_pays(asked, tokens, width)
         products = _truncated if truncated else _whole
+        # Of one layer at a time, the largest: factors, and the gradient or what is left of it.
         sides = asked.left if truncated and asked.left is not None else [asked.full]
         largest = max(p[0].numel() for q in sides for p in q)
-        chunk = at_once(tokens * (2 * channels + width + asked.rank) + 2 * largest)
+        most = max(la.channels for la in layers)
+        chunk = at_once(tokens * (2 * most + width + asked.rank) + 2 * largest)
         for part in (sizes == captions).nonzero()[:, 0].split(chunk):
             rows = starts[part, None] + torch.arange(captions)  # [r, captions]
             states = text[rows].flatten(1, 2).to(device, torch.float32)
@@ -105,9 +107,10 @@ def _truncated(
 def _whole(factors: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions) -> Tensor:
     """Does what `_truncated` does with whole directions, from gradients that it forms."""
     total: Tensor | float = 0.0
-    dense = dequantise(factors, layers).split([la.channels for la in layers], dim=-1)
-    for factor, direction in zip(dense, asked.full, strict=True):
-        gradients = text.mT[:, None] @ factor  # [r, 2, width, channels]
+    values = factors.values.split([la.channels for la in layers], dim=-1)
+    for i, (factor, direction) in enumerate(zip(values, asked.full, strict=True)):
+        dense = factor.float() * factors.scales[..., i, None]
+        gradients = text.mT[:, None] @ dense  # [r, 2, width, channels]
         total = total + functional.linear(gradients.flatten(2), direction.flatten(1))
     assert isinstance(total, Tensor)
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ..data.dataset import ImageDataset
 from ..files import write_atomically
 from .build import Indexed
 from .layout import Manifest, read_shard
+
+logger = logging.getLogger(__name__)
 
 
 def write_table(path: Path, manifest: Manifest, data: Indexed | None = None) -> None:
@@ -60,6 +63,21 @@ def read_ids(path: Path, manifest: Manifest) -> list[str] | None:
     # A deletion that was killed may have left rows behind.
     gone = set(manifest.deleted)
     return [i for i in ids if i not in gone]
+
+
+def finished(path: Path, manifest: Manifest) -> Manifest:
+    """Returns what is complete of an index.
+
+    That is all of it or, with a warning, what it was before an addition that was killed.
+    """
+    if len(manifest.parts) == 1 or read_ids(path, manifest) is not None:
+        return manifest
+    last = manifest.parts[-1]
+    logger.warning(
+        "index %r: adding %r (%d examples) was not finished, and the index is as it was before; "
+        "append the same examples again", str(path), last.name, last.count,
+    )  # fmt: skip
+    return manifest.without_last_part()
 
 
 def _checksum(ids: list[str]) -> int:

@@ -157,10 +157,15 @@ class AbU:
                             self.batch_size)
             for q in queries
         ]  # fmt: skip
-        gradient_done = time.monotonic()
+        seconds = {"query's gradient": time.monotonic() - started, "directions": 0.0, "scan": 0.0}
         total, sizes = 0.0, {}
         for column, measure in measures.items():
-            products, sizes[column] = self._products(column, [a[measure] for a in asked])
+            started = time.monotonic()
+            prepared, sizes[column] = self._directions(column, [a[measure] for a in asked])
+            seconds["directions"] += time.monotonic() - started
+            started = time.monotonic()
+            products = self._products(column, prepared)
+            seconds["scan"] += time.monotonic() - started
             if len(measures) > 1:  # means over halves, original view, standard deviation over N
                 spread = products[:, 0].mean((2, 3)).std(0)
                 spread[spread == 0] = 1  # of a single example, say
@@ -171,8 +176,7 @@ class AbU:
             "curvature": self.curvature, "damping": self.damping, "columns": self.used_columns,
             "scaled_to_rise": self.rise, "query_draws": repr(self.used_query_draws),
             "index": str(self.index.path), "draws": repr(self.index.draws),
-            "seconds": {"query's gradient": gradient_done - started,
-                        "scan": time.monotonic() - gradient_done},
+            "seconds": seconds,
         }  # fmt: skip
         rows = rows_of(self.index.ids, candidates)
         found = []
@@ -187,10 +191,10 @@ class AbU:
             found.append(Scores(ids, values, "AbU, first order", settings, query, errors))
         return found
 
-    def _products(
+    def _directions(
         self, column: str, queries: Sequence[QueryGradient]
-    ) -> tuple[np.ndarray, list[float]]:
-        """Returns products [N, views, Q, 2, 2] (halves of example, of query) and step sizes."""
+    ) -> tuple[Directions, list[float]]:
+        """Returns what the examples' gradients are multiplied with, and step sizes."""
         index = self.index
         curvature = None
         if self.curvature != "identity":
@@ -212,10 +216,15 @@ class AbU:
             steps.append({n: d * sizes[-1] for n, d in divided.items()})
         weights = layer_inputs(index.model, index.layers)
         asked = directions(steps, index.layers, weights, moments_of(curvature), self.tolerance)
-        asked = asked.to(index.model.device)
+        return asked.to(index.model.device), sizes
+
+    def _products(self, column: str, asked: Directions) -> np.ndarray:
+        """Returns products [N, views, Q, 2, 2] (halves of example, of query)."""
+        index = self.index
         parts = [_example_products(index, column, shard, asked) for shard in index.shards()]
         found = np.concatenate(parts)  # [N, views, 2, 2Q]
-        return found.reshape(*found.shape[:3], len(queries), HALVES).transpose(0, 1, 3, 2, 4), sizes
+        shape = *found.shape[:3], asked.count // HALVES, HALVES
+        return found.reshape(shape).transpose(0, 1, 3, 2, 4)
 
 
 def _example_products(index: Index, column: str, shard: Shard, asked: Directions) -> np.ndarray:
