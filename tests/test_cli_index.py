@@ -129,7 +129,7 @@ def test_a_stopped_build_says_that_it_is_not_finished(
         (["--flips"], "views is 1 there, but 2 is asked for"),
         (["--method-seed", "1"], "draws.seed is 0 there, but 1 is asked for"),
         (["--columns", "factors"], 'columns[1] is "loss" there, but "factors" is asked for'),
-        (["--dtype", "float64"], "model is"),
+        (["--dtype", "float64"], "dtype is"),
         (["--draws", "3"], "use an even number"),
         (["--columns", "gradients"], "no column 'gradients'"),
         (["--parameters", "all"], "--parameters cross-attn-kv"),
