@@ -38,6 +38,9 @@ def add_index(commands: argparse._SubParsersAction) -> None:
                          "model of transformers (default: latent text)")  # fmt: skip
     command.add_argument("--draws", type=positive, default=16, help="per example; an even number")
     command.add_argument("--storage", default="int8", choices=("int8", "float16", "float32"))
+    command.add_argument("--tolerance", type=float, default=1e-3, metavar="SHARE",
+                         help="of a squared gradient that may be left out to keep it small; 0 for "
+                         "none (default: 0.001)")  # fmt: skip
     command.add_argument("--flips", action="store_true", help="also index mirrored pictures")
     command.add_argument("--shard-size", type=positive, default=64, help="examples in a file")
     command.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
@@ -84,8 +87,9 @@ def _index(args: argparse.Namespace) -> None:
         index = Index.build(
             args.out, model, data, args.columns, encoders=args.encoders,
             draws=Draws(args.method_seed, args.draws, num_train_timesteps=length),
-            storage=args.storage, flips=args.flips, shard_size=args.shard_size,
-            batch_size=args.batch_size, on_error="skip" if args.skip_bad else "raise",
+            storage=args.storage, tolerance=args.tolerance, flips=args.flips,
+            shard_size=args.shard_size, batch_size=args.batch_size,
+            on_error="skip" if args.skip_bad else "raise",
         )  # fmt: skip
         write_source(args.out, source_of(args))
         for column in ("factors", "outputs"):

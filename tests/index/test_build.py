@@ -25,6 +25,7 @@ from unsee.draws import Draws
 from unsee.files import write_atomically
 from unsee.index import build as building
 from unsee.index import layout
+from unsee.index.components import Components
 from unsee.index.factors import dequantise
 from unsee.index.index import Index
 from unsee.index.layout import SCHEMA, read_manifest, shard_path, write_manifest
@@ -39,20 +40,27 @@ class Stopped(Exception):
     """Ends a run from inside, as a crash would."""
 
 
+def gradients(index: Index, example: Components) -> Tensor:
+    """Returns an example's gradients [views, 2, width, channels of all layers]."""
+    factors = dequantise(example.factors, index.layers).transpose(1, 2)
+    return example.text.float().mT[:, None] @ factors
+
+
 def columns(index: Index) -> dict[str, dict[str, Tensor]]:
     """Returns id -> what the index holds of the example."""
     found = {}
     for shard in index.shards():
         about = index.examples(shard)
         first = 0
+        stored = {c: index.components(c, shard) for c in ("factors", "outputs")}
         for row, identifier in enumerate(about.ids):
             captions = slice(first, first + about.caption_counts[row])
             first = captions.stop
+            one = torch.arange(len(about.ids)) == row
             found[identifier] = {
                 "latents": about.latents([row])[0], "text": index.text(shard)[captions],
                 "loss": index.losses(shard)[row],
-                **{c: dequantise(index.factors(c, shard), index.layers)[:, captions]
-                   for c in ("factors", "outputs")},
+                **{c: gradients(index, s.select(one)) for c, s in stored.items()},
             }  # fmt: skip
     return found
 
@@ -137,7 +145,7 @@ def test_columns_are_a_choice_and_their_order_none(model, data, tmp_path: Path) 
     assert index.columns == ["examples", "loss", "outputs"]
     build_index(tmp_path, model, data, columns=["loss", "outputs", "loss"])
     with pytest.raises(ValueError, match="no column 'factors', only examples, loss, outputs"):
-        index.factors("factors", next(index.shards()))
+        index.components("factors", next(index.shards()))
 
 
 def live_bytes() -> int:
@@ -293,7 +301,7 @@ def test_damaged_shards_are_refused(broken, model, data, tmp_path, column, damag
     words = {"missing": "no such shard", "another index's": "belongs to another index or place"}
     with pytest.raises(ValueError, match=rf"00001\.safetensors.*{words.get(damage, 'is damaged')}"):
         {"examples": index.examples, "loss": index.losses,
-         "factors": lambda s: index.factors("factors", s)}[column](shard)  # fmt: skip
+         "factors": lambda s: index.components("factors", s)}[column](shard)  # fmt: skip
     others = {n: t for n, t in contents(broken).items() if n != str(file.relative_to(broken))}
     assert others == {n: t for n, t in whole.items() if n in others} and len(others) == 13
     # The way out that the message tells of.

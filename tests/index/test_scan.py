@@ -6,28 +6,32 @@ from torch import Tensor
 
 from unsee.curvature.diagonal import DiagonalFisher
 from unsee.index import scan as module
+from unsee.index.components import Components
 from unsee.index.directions import DIFFERENCE_WEIGHT, Moments, directions, moments_of
-from unsee.index.factors import Layer, Quantised, Storage, dequantise, quantise
+from unsee.index.factors import Layer, Storage, dequantise, quantise
 from unsee.index.scan import scan
 
-T, WIDTH, RANK = 5, 12, 3
+WIDTH, RANK = 12, 3
 LAYERS = [
     Layer("a", 8, WIDTH, None, True), Layer("b", 6, WIDTH, None, False),
     Layer("c", 7, RANK, "below", False),
 ]  # fmt: skip
 WEIGHTS = {"below": torch.randn(RANK, WIDTH, generator=torch.Generator().manual_seed(9))}
 CHANNELS = sum(layer.channels for layer in LAYERS)
-VIEWS, ROWS = 2, 9
+VIEWS, COUNTS = 2, (5, 1, 4, 5, 9, 2, 5, 1, 5)
 
 Query = dict[str, Tensor]
 
 
-def stored(storage: Storage = "int8") -> tuple[Quantised, Tensor]:
-    """Returns factors [views, R, 2, T, channels] and text [R, T, width]."""
+def stored(storage: Storage = "int8") -> Components:
+    """Returns examples of few rows and of many, of small gradients and of large ones."""
     generator = torch.Generator().manual_seed(1)
-    factors = torch.randn(VIEWS, ROWS, 2, T, CHANNELS, generator=generator)
-    factors *= 10 ** torch.linspace(-2, 2, ROWS)[:, None, None, None]
-    return quantise(factors, LAYERS, storage), torch.randn(ROWS, T, WIDTH, generator=generator)
+    counts = torch.tensor(COUNTS)
+    factors = torch.randn(VIEWS, sum(COUNTS), 2, CHANNELS, generator=generator)
+    sizes = 10 ** torch.linspace(-2, 2, len(COUNTS))
+    factors *= sizes.repeat_interleave(counts)[:, None, None]
+    text = torch.randn(VIEWS, sum(COUNTS), WIDTH, generator=generator)
+    return Components(quantise(factors, LAYERS, storage), text, counts)
 
 
 def queries(count: int) -> list[Query]:
@@ -49,21 +53,22 @@ def flat_moments() -> dict[str, Moments]:
     return found
 
 
-def explicit(factors: Quantised, text: Tensor, asked: list[Query]) -> Tensor:
-    """Forms every gradient, and multiplies it with every direction, in float64."""
-    dense = dequantise(factors, LAYERS).double()
+def explicit(examples: Components, asked: list[Query]) -> Tensor:
+    """Forms every gradient, row by row, and multiplies it with every direction, in float64."""
+    dense = dequantise(examples.factors, LAYERS).double()
     parts = dense.split([la.channels for la in LAYERS], dim=-1)
-    found = torch.zeros(VIEWS, ROWS, 2, 2 * len(asked), dtype=torch.float64)
+    found = torch.zeros(len(dense), len(examples.counts), 2, 2 * len(asked), dtype=torch.float64)
     for layer, m in zip(LAYERS, parts, strict=True):
-        seen = text.double() if layer.reads is None else text.double() @ WEIGHTS["below"].double().T
-        for view in range(VIEWS):
-            for row in range(ROWS):
+        seen = examples.text.double()
+        seen = seen if layer.reads is None else seen @ WEIGHTS["below"].double().T
+        for view in range(len(dense)):
+            for row, example in enumerate(examples.owners.tolist()):
                 for half in (0, 1):
-                    gradient = m[view, row, half].T @ seen[row]
+                    gradient = torch.outer(m[view, row, half], seen[view, row])
                     for q, query in enumerate(asked):
                         for h in (0, 1):
                             w = query[layer.name][h].double()
-                            found[view, row, half, 2 * q + h] += (gradient * w).sum()
+                            found[view, example, half, 2 * q + h] += (gradient * w).sum()
     return found
 
 
@@ -80,55 +85,48 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_products_are_those_of_explicit_gradients(storage, by_tokens, count, monkeypatch) -> None:
     """By both roads; a tolerance of 1e-13 truncates nothing that float32 could see."""
     monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
-    factors, text = stored(storage)
+    examples = stored(storage)
     asked = queries(count)
     prepared = directions(asked, LAYERS, WEIGHTS, flat_moments(), 1e-13)
     assert prepared.count == 2 * count and prepared.lost < 1e-12
-    assert_close(scan(factors, text, LAYERS, prepared), explicit(factors, text, asked))
+    assert_close(scan(examples, LAYERS, prepared), explicit(examples, asked))
 
 
 def test_without_moments_nothing_is_truncated() -> None:
-    factors, text = stored()
+    examples = stored()
     asked = queries(3)
     for prepared in (
         directions(asked, LAYERS, WEIGHTS), directions(asked, LAYERS, WEIGHTS, flat_moments(), 0),
     ):  # fmt: skip
         assert prepared.rank == 0 and prepared.lost == 0
-        assert_close(scan(factors, text, LAYERS, prepared), explicit(factors, text, asked))
+        assert_close(scan(examples, LAYERS, prepared), explicit(examples, asked))
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_many_queries_are_one_after_another(by_tokens: bool, monkeypatch) -> None:
     monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
-    factors, text = stored()
+    examples = stored()
     asked = queries(6)
-    together = scan(factors, text, LAYERS, directions(asked, LAYERS, WEIGHTS, flat_moments(), 0.02))
+    together = scan(examples, LAYERS, directions(asked, LAYERS, WEIGHTS, flat_moments(), 0.02))
     for q, query in enumerate(asked):
         alone = directions([query], LAYERS, WEIGHTS, flat_moments(), 0.02)
-        assert_close(together[..., 2 * q : 2 * q + 2], scan(factors, text, LAYERS, alone))
+        assert_close(together[..., 2 * q : 2 * q + 2], scan(examples, LAYERS, alone))
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_chunks_change_nothing(by_tokens: bool, monkeypatch) -> None:
     monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
-    factors, text = stored()
     asked = directions(queries(2), LAYERS, WEIGHTS, flat_moments(), 1e-3)
-    expected = scan(factors, text, LAYERS, asked)
+    expected = scan(stored(), LAYERS, asked)
     monkeypatch.setattr(module, "at_once", lambda _: 2)
-    assert_close(scan(factors, text, LAYERS, asked), expected)
+    assert_close(scan(stored(), LAYERS, asked), expected)
 
 
-@pytest.mark.parametrize("by_tokens", [False, True])
-@pytest.mark.parametrize("at_once", [1, 2, 9])
-def test_captions_are_averaged(by_tokens: bool, at_once: int, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_truncation_pays", lambda *_: by_tokens)
-    monkeypatch.setattr(module, "at_once", lambda _: at_once)
-    factors, text = stored()
-    counts = [2, 1, 3, 1, 2]
-    asked = directions(queries(2), LAYERS, WEIGHTS, flat_moments(), 1e-13)
-    found = scan(factors, text, LAYERS, asked, counts)
-    alone = explicit(factors, text, queries(2)).split(counts, dim=1)
-    assert_close(found, torch.stack([a.mean(1) for a in alone], dim=1))
+def test_no_examples_have_no_products() -> None:
+    """As of a shard whose examples were all deleted."""
+    none = stored().select(torch.zeros(len(COUNTS), dtype=torch.bool))
+    asked = directions(queries(2), LAYERS, WEIGHTS, flat_moments(), 1e-3)
+    assert scan(none, LAYERS, asked).shape == (VIEWS, 0, 2, 4)
 
 
 def test_what_truncation_loses_is_what_it_says() -> None:
@@ -138,17 +136,18 @@ def test_what_truncation_loses_is_what_it_says() -> None:
     outputs, inputs = 2.0 ** -torch.arange(16), 1.5 ** -torch.arange(20)
     moments = {"a": Moments(outputs, inputs, None)}
     asked = [{"a": torch.randn(2, 16, 20, generator=generator)}]
-    factors = torch.randn(1, 2000, 2, 1, 16, generator=generator) * outputs
-    text = torch.randn(2000, 1, 20, generator=generator) * inputs
-    rows = quantise(factors, [layer], "float32")
-    whole = scan(rows, text, [layer], directions(asked, [layer], {}))
+    factors = torch.randn(1, 2000, 2, 16, generator=generator) * outputs
+    text = torch.randn(1, 2000, 20, generator=generator) * inputs
+    counts = torch.ones(2000, dtype=torch.long)
+    examples = Components(quantise(factors, [layer], "float32"), text, counts)
+    whole = scan(examples, [layer], directions(asked, [layer], {}))
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
         patch.setattr(module, "_truncation_pays", lambda *_: True)
         for tolerance in (1e-3, 1e-2, 1e-1):
             prepared = directions(asked, [layer], {}, moments, tolerance)
             assert 0 < prepared.lost <= tolerance and prepared.rank < 20
-            error = scan(rows, text, [layer], prepared) - whole
+            error = scan(examples, [layer], prepared) - whole
             scores = float(whole.mean(3).square().mean())
             of_mean = float(error.mean(3).square().mean()) / scores
             of_difference = float((error[..., 0] - error[..., 1]).square().mean()) / 4 / scores
@@ -162,11 +161,11 @@ def test_what_truncation_loses_is_what_it_says() -> None:
 def test_a_layer_without_gradient_does_not_count(monkeypatch) -> None:
     """As the lower half of a LoRA whose upper half is still zero."""
     monkeypatch.setattr(module, "_truncation_pays", lambda *_: True)
-    factors, text = stored("float32")
-    factors.values[..., :8] = 0
+    examples = stored("float32")
+    examples.factors.values[..., :8] = 0
     asked = queries(1)
     asked[0]["a"] = torch.zeros_like(asked[0]["a"])
     values = {la.name: torch.ones(la.channels, la.width, dtype=torch.float64) for la in LAYERS}
     values["a"] *= 0
     prepared = directions(asked, LAYERS, WEIGHTS, moments_of(DiagonalFisher(values, 1)), 1e-13)
-    assert_close(scan(factors, text, LAYERS, prepared), explicit(factors, text, asked))
+    assert_close(scan(examples, LAYERS, prepared), explicit(examples, asked))

@@ -20,7 +20,8 @@ from ..data.latents import EncodedDataset, EncodedExamples, encode_dataset
 from ..draws import Draws
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
-from .factors import Layer, Measure, Storage, example_factors, quantise, text_layers
+from .components import decompose
+from .factors import Layer, Measure, Storage, example_factors, text_layers
 from .features import (
     Encoders,
     encoder_settings,
@@ -51,13 +52,13 @@ Indexed = ImageDataset | EncodedExamples
 
 def settings_of(
     model: Denoiser, draws: Draws, columns: Sequence[str], storage: Storage, shard_size: int,
-    flips: bool, on_error: OnError, encoders: Encoders,
+    flips: bool, on_error: OnError, encoders: Encoders, tolerance: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns what fixes the numbers of an index, for its manifest.
 
     Raises:
         ValueError: an unknown column, an odd number of draws, encoders without their column, or a
-            selection without factors.
+            selection without factors, or a tolerance that is no share.
     """
     unknown = [c for c in columns if c not in COLUMNS]
     if unknown:
@@ -68,6 +69,8 @@ def settings_of(
         raise ValueError(f"index: shard_size = {shard_size} must be at least 1")
     if storage not in ("int8", "float16", "float32"):
         raise ValueError(f"index: storage {storage!r} is not int8, float16 or float32")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"index: tolerance = {tolerance} is no share of 1; 0.001 is a thousandth")
     if encoders and "features" not in columns:
         raise ValueError("index: encoders are for the column `features`: add it to the columns")
     parameter = next(iter(model.parameters.values()))
@@ -81,6 +84,7 @@ def settings_of(
         "views": 2 if flips else 1,
         "columns": [c for c in COLUMNS if c == "examples" or c in columns],
         "storage": storage,
+        "tolerance": tolerance,
         "shard_size": shard_size,
         "on_error": on_error,
         **({"encoders": encoder_settings(encoders)} if encoders else {}),
@@ -279,8 +283,7 @@ def _columns(
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
     """Returns name -> tensors of the computed columns of a shard.
 
-    `loss` is [n, views, draws] float64, averaged over captions; factors are
-    [views, captions of all examples, 2, T, channels].
+    `loss` is [n, views, draws] float64, averaged over captions; see `Components` for gradients.
     """
     layers, draws = layers_of(manifest), draws_of(manifest)
     wanted: dict[str, Measure] = {c: MEASURES[c] for c in columns if c in MEASURES}
@@ -295,9 +298,14 @@ def _columns(
     tensors: dict[str, dict[str, Tensor]] = {}
     if "loss" in columns:
         tensors["loss"] = {"values": torch.stack(losses, dim=1)}
+    states = [encoded.text([r], c) for r in range(len(encoded.ids))
+              for c in range(encoded.caption_counts[r])]  # fmt: skip
+    text = torch.cat(states) if states else torch.empty(0, 0, 0)
     for name, views in found.items():
-        stored = quantise(torch.stack(views), layers, manifest.settings["storage"])
-        tensors[name] = {"values": stored.values, "scales": stored.scales}
+        tensors[name] = decompose(
+            torch.stack(views), text, encoded.caption_counts, layers,
+            manifest.settings["tolerance"], manifest.settings["storage"],
+        ).tensors  # fmt: skip
     return tensors
 
 

@@ -18,7 +18,8 @@ from ..data.latents import EncodedDataset
 from ..draws import Draws
 from ..gradients import Gradients
 from ..models.base import Denoiser
-from .factors import Layer, dequantise
+from .components import Components, token_factors
+from .factors import Layer, Quantised, dequantise
 from .fisher import fit_diagonal_fisher
 from .scan import at_once
 
@@ -80,30 +81,28 @@ class Sample:
         self.about = {"column": column, "examples": self.examples,
                       "shards": [s.name for s in self.shards]}  # fmt: skip
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-        """Yields text [r, T, width], factors [r, T, channels], and captions of each example.
+    def gradients(self) -> Iterator[tuple[Components, Tensor, Tensor]]:
+        """Yields what is stored of one shard after another.
 
-        Both are float32, of one shard after another. Factors are those of an example's mean loss
-        over draws and captions; mirrored views are left out.
+        With it come its factors [R, channels] and text [R, width], both float32: those of an
+        example's mean loss over draws and captions; mirrored views are left out.
         """
         for shard in self.shards:
-            examples = self._index.examples(shard)
-            if not examples.ids:
-                continue
-            stored = self._index.factors(self._column, shard)
-            text = torch.cat([examples.text([r], c) for r in range(len(examples.ids))
-                              for c in range(examples.caption_counts[r])])  # fmt: skip
-            factors = dequantise(
-                type(stored)(stored.values[0], stored.scales[0]), self.layers
-            ).mean(1)
-            counts = torch.tensor(examples.caption_counts)
-            factors = factors / counts.repeat_interleave(counts)[:, None, None]
-            yield text, factors, examples.caption_counts
+            stored = self._index.components(self._column, shard)
+            if len(stored.counts):
+                factors = Quantised(stored.factors.values[0], stored.factors.scales[0])
+                yield stored, dequantise(factors, self.layers).mean(1), stored.text[0].float()
+
+    def tokens(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields text [r, T, width] and factors [r, T, channels] of the captions of a shard."""
+        shards = (s for s in self.shards if self._index.examples(s).ids)
+        for shard, (stored, factors, rows) in zip(shards, self.gradients(), strict=True):
+            text, captions = self._index.text(shard), self._index.examples(shard).caption_counts
+            yield text, token_factors(factors, rows, stored.counts, text, captions)
 
     def inputs(self, text: Tensor, layer: Layer) -> Tensor:
-        """Returns what a layer sees of text states [r, T, width]."""
-        seen = text if layer.reads is None else text @ self.weights[layer.reads].float().T
-        return seen - seen.mean(1, keepdim=True) if layer.centred else seen
+        """Returns what a layer sees of text states [..., width]."""
+        return text if layer.reads is None else text @ self.weights[layer.reads].float().T
 
 
 def layer_inputs(model: Denoiser, layers: list[Layer]) -> dict[str, Tensor]:
@@ -117,7 +116,7 @@ def _covariances(sample: Sample) -> KroneckerCovariances:
     inputs: dict[tuple[str | None, bool], Tensor] = {}
     outputs: Gradients = {}
     tokens = 0
-    for text, factors, _ in sample.chunks():
+    for text, factors in sample.tokens():
         tokens += text.shape[0] * text.shape[1]
         done = set()
         for layer, part in zip(sample.layers, _split(factors, sample.layers), strict=True):
@@ -126,7 +125,10 @@ def _covariances(sample: Sample) -> KroneckerCovariances:
             # All layers that read the same share one matrix.
             kind = layer.reads, layer.centred
             if kind not in done:
-                a = sample.inputs(text, layer).flatten(0, 1).double()
+                a = sample.inputs(text, layer)
+                if layer.centred:
+                    a = a - a.mean(1, keepdim=True)
+                a = a.flatten(0, 1).double()
                 inputs[kind] = inputs.get(kind, torch.zeros(())) + a.T @ a
                 done.add(kind)
     means = {kind: total / tokens for kind, total in inputs.items()}
@@ -140,12 +142,11 @@ def _covariances(sample: Sample) -> KroneckerCovariances:
 def _second_moments(sample: Sample, basis: KFAC | None) -> Gradients:
     """Averages squared gradients of examples, in a basis if there is one.
 
-    The factors are rotated, not the gradients: it is the tokens against the width of the text.
+    The factors are rotated, not the gradients: it is the rows against the width of the text.
     """
     totals = {la.name: torch.zeros(la.channels, la.width, dtype=torch.float64)
               for la in sample.layers}  # fmt: skip
-    for text, factors, captions in sample.chunks():
-        owner = torch.arange(len(captions)).repeat_interleave(torch.tensor(captions))
+    for stored, factors, text in sample.gradients():
         rotated: dict[int, Tensor] = {}
         for layer, part in zip(sample.layers, _split(factors, sample.layers), strict=True):
             seen = sample.inputs(text, layer)
@@ -157,13 +158,8 @@ def _second_moments(sample: Sample, basis: KFAC | None) -> Gradients:
                 seen = rotated[id(vectors)]
                 part = part @ basis.output_vectors[layer.name].float()
             chunk = at_once(layer.channels * layer.width)
-            for first in range(0, len(captions), chunk):
-                wanted = (owner >= first) & (owner < first + chunk)
-                gradients = part[wanted].mT @ seen[wanted]  # [r, channels, width]
-                count = min(chunk, len(captions) - first)
-                if len(gradients) != count:
-                    one = torch.zeros(count, *gradients.shape[1:])
-                    gradients = one.index_add_(0, owner[wanted] - first, gradients)
+            for _, rows, real in stored.groups(chunk):
+                gradients = (part[rows] * real[..., None]).mT @ seen[rows]  # [r, channels, width]
                 # Relative to the largest, so that squares of small gradients do not underflow.
                 scale = gradients.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
                 squares = (gradients / scale).square().sum(0).double()

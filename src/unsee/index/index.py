@@ -32,7 +32,8 @@ from .build import (
     settings_of,
     unpack_examples,
 )
-from .factors import Layer, Quantised, Storage
+from .components import Components
+from .factors import Layer, Storage
 from .features import Encoders
 from .fit import CurvatureName, fit_curvature
 from .layout import (
@@ -95,6 +96,7 @@ class Index:
         encoders: Sequence[str] = (),
         draws: Draws | None = None,
         storage: Storage = "int8",
+        tolerance: float = 1e-3,
         flips: bool = False,
         shard_size: int = 64,
         batch_size: int = 64,
@@ -111,6 +113,8 @@ class Index:
             encoders: of the column `features`, see `load_encoders`; `latent` and `text` by default.
             draws: timesteps and noise of the training examples; 16 by default, always even.
             storage: of the factors.
+            tolerance: share of an example's squared gradient that may be left out to keep it
+                small, see `unsee.index.components`; 0 for none.
             flips: also indexes mirrored pictures; the larger score of the two counts.
             shard_size: examples in a file; what a killed build loses at most.
             batch_size: passes at once.
@@ -123,7 +127,9 @@ class Index:
         path = Path(path)
         draws = draws or Draws(0, 16, num_train_timesteps=model.num_train_timesteps)
         seen_by = open_encoders(encoders, columns, model, data)
-        settings = settings_of(model, draws, columns, storage, shard_size, flips, on_error, seen_by)
+        settings = settings_of(
+            model, draws, columns, storage, shard_size, flips, on_error, seen_by, tolerance
+        )
         part = part_of(data)
         if (path / "manifest.json").is_file():
             manifest = read_manifest(path)
@@ -254,9 +260,7 @@ class Index:
     def _rewrite(self, shard: Shard, new: Shard, kept: list[bool]) -> None:
         """Writes the kept rows of a shard's columns as another edition of it."""
         examples = self.examples(shard)
-        counts = torch.tensor(examples.caption_counts)
         keep = torch.tensor(kept)
-        captions = keep.repeat_interleave(counts)
         left = examples.select([i for i, k in zip(examples.ids, kept, strict=True) if k])
         packed = pack_examples(left if left.ids else None, self.manifest)
         write_shard(self.path, self.manifest, "examples", new, *packed)
@@ -264,7 +268,7 @@ class Index:
             tensors, _ = self._column(column, shard)
             part = (
                 {n: t[keep] for n, t in tensors.items()} if column in ("loss", "features")
-                else {n: t[:, captions] for n, t in tensors.items()}
+                else Components.of(tensors).select(keep).tensors
             )  # fmt: skip
             write_shard(self.path, self.manifest, column, new, part)
 
@@ -299,15 +303,14 @@ class Index:
         """Returns the losses [n, views, draws] float64 of a shard's examples."""
         return self._column("loss", shard)[0]["values"]
 
-    def factors(self, column: str, shard: Shard) -> Quantised:
-        """Returns the factors [views, captions, 2, T, channels] of a shard, as stored.
+    def components(self, column: str, shard: Shard) -> Components:
+        """Returns the gradients of a shard's examples, as stored.
 
         Raises:
             ValueError: the index does not have the column.
         """
         self._check_column(column)
-        tensors = self._column(column, shard)[0]
-        return Quantised(tensors["values"], tensors["scales"])
+        return Components.of(self._column(column, shard)[0])
 
     def features(self, encoder: str, shard: Shard) -> Tensor:
         """Returns what an encoder saw, [n, F] float16 of length 1, of a shard's examples.

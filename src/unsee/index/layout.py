@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..files import write_atomically
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Inner products of stored gradients with the directions of queries.
 
-An example's gradient in layer l is M_lᵀc, with its factor M_l [T, channels] and its text state
-c [T, width]. The inner product with a direction W_l [channels, width] is the sum of
-M_l ⊙ (c W_lᵀ). For few queries, W_l is replaced by one of low rank; for many, the gradient is
-formed once and serves all of them.
+An example's gradient in layer l is M_lᵀc, with the factors M_l [rows, channels] and the text
+c [rows, width] of its components. The inner product with a direction W_l [channels, width] is the
+sum of M_l ⊙ (c W_lᵀ). For few queries, W_l is replaced by one of low rank; for many, the gradient
+is formed once and serves all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .components import Components
 from .directions import Directions
 from .factors import Layer, Quantised
 
@@ -21,50 +22,37 @@ PRODUCT_BYTES = 100_000_000
 """What exists of products or gradients at the same time."""
 
 
-def scan(
-    stored: Quantised,
-    text: Tensor,
-    layers: Sequence[Layer],
-    asked: Directions,
-    counts: Sequence[int] | None = None,
-) -> Tensor:
+def scan(stored: Components, layers: Sequence[Layer], asked: Directions) -> Tensor:
     """Inner products of the gradients of a shard's examples with directions.
 
     Args:
-        stored: factors [views, R, 2, T, channels], of the captions of one example after another.
-        text: [R, T, width] float32.
+        stored: of n examples.
         layers: of the index.
         asked: directions, on the device that is to do the work.
-        counts: how many captions each example has; one by default.
 
     Returns:
-        [views, examples, 2, 2Q] float64, averaged over captions, on the CPU.
+        [views, n, 2, 2Q] float64, on the CPU.
     """
-    sizes = torch.ones(len(text), dtype=torch.long) if counts is None else torch.tensor(counts)
-    starts = sizes.cumsum(0) - sizes
-    views, length = len(stored.values), stored.values.shape[3]
-    found = torch.zeros(views, len(sizes), 2, asked.count, dtype=torch.float64)
-    device = asked.full[0].device
-    for captions in sizes.unique().tolist():
-        # A mean over captions is one caption with the tokens of all.
-        tokens, width = captions * length, text.shape[-1]
-        truncated = _truncation_pays(asked, tokens, width)
-        products = _truncated if truncated else _whole
-        # Of one layer at a time, the largest: factors, and the gradient or what is left of it.
-        sides = asked.left if truncated and asked.left is not None else [asked.full]
-        largest = max(p[0].numel() for q in sides for p in q)
-        most = max(la.channels for la in layers)
-        chunk = at_once(tokens * (2 * most + width + asked.rank) + 2 * largest)
-        for part in (sizes == captions).nonzero()[:, 0].split(chunk):
-            rows = starts[part, None] + torch.arange(captions)  # [r, captions]
-            states = text[rows].flatten(1, 2).to(device, torch.float32)
-            for view in range(views):
-                values, scales = (
-                    x[view][rows].transpose(1, 2).flatten(2, 3).to(device)
-                    for x in (stored.values, stored.scales)
-                )
-                got = products(Quantised(values, scales), states, layers, asked)
-                found[view, part] = got.double().cpu() / captions
+    views, width = stored.text.shape[0], stored.text.shape[-1]
+    found = torch.zeros(views, len(stored.counts), 2, asked.count, dtype=torch.float64)
+    if not len(stored.counts):
+        return found
+    device, longest = asked.full[0].device, int(stored.counts.max())
+    truncated = _truncation_pays(asked, longest, width)
+    products = _truncated if truncated else _whole
+    # Of one layer at a time, the largest: factors, and the gradient or what is left of it.
+    sides = asked.left if truncated and asked.left is not None else [asked.full]
+    largest = max(p[0].numel() for q in sides for p in q)
+    most = max(la.channels for la in layers)
+    chunk = at_once(longest * (2 * most + width + asked.rank) + 2 * largest)
+    for examples, rows, real in stored.groups(chunk):
+        for view in range(views):
+            values = stored.factors.values[view][rows].to(device)
+            scales = (stored.factors.scales[view][rows] * real[..., None, None]).to(device)
+            text = stored.text[view][rows].to(device, torch.float32)
+            factors = Quantised(values.transpose(1, 2), scales.transpose(1, 2))
+            got = products(factors, text, layers, asked)
+            found[view, examples] = got.double().cpu()
     return found
 
 
@@ -74,7 +62,7 @@ def at_once(numbers: int) -> int:
 
 
 def _truncation_pays(asked: Directions, length: int, width: int) -> bool:
-    """Compares multiplications for one caption."""
+    """Compares multiplications for one example of `length` rows."""
     if asked.left is None or asked.right is None:
         return False
     channels = sum(f.shape[2] for f in asked.full)
@@ -87,7 +75,7 @@ def _truncation_pays(asked: Directions, length: int, width: int) -> bool:
 def _truncated(
     factors: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions
 ) -> Tensor:
-    """Returns [r, 2, 2Q] for factors [r, 2, T, channels] and text [r, T, width]."""
+    """Returns [r, 2, 2Q] for factors [r, 2, rows, channels] and text [r, rows, width]."""
     assert asked.left is not None and asked.right is not None
     values = factors.values.split([la.channels for la in layers], dim=-1)
     products = []
@@ -95,7 +83,7 @@ def _truncated(
         states = (text @ torch.cat(right, dim=-1)).split([p.shape[-1] for p in right], dim=-1)
         total: Tensor | float = 0.0
         for i, (factor, seen, sides) in enumerate(zip(values, states, left, strict=True)):
-            scaled = seen[:, None] * factors.scales[..., i, None]  # [r, 2, T, rank]
+            scaled = seen[:, None] * factors.scales[..., i, None]  # [r, 2, rows, rank]
             # The gradient against the right side serves both halves of the direction.
             part = scaled.mT @ factor.float()  # [r, 2, rank, channels]
             total = total + functional.linear(part.flatten(2), sides.flatten(1))

@@ -228,11 +228,8 @@ class AbU:
 
 
 def _example_products(index: Index, column: str, shard: Shard, asked: Directions) -> np.ndarray:
-    """Returns [n, views, 2, 2Q] float64, averaged over captions."""
-    counts = index.examples(shard).caption_counts
-    if not counts:
-        return np.zeros((0, index.manifest.settings["views"], HALVES, asked.count))
-    products = scan(index.factors(column, shard), index.text(shard), index.layers, asked, counts)
+    """Returns [n, views, 2, 2Q] float64."""
+    products = scan(index.components(column, shard), index.layers, asked)
     return products.transpose(0, 1).numpy()
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..index.components import Components
 from ..index.factors import Quantised, dequantise
 from ..index.fit import CurvatureName, layer_inputs
 from ..index.index import Index
@@ -43,15 +44,12 @@ def self_influence(
     channels = [la.channels for la in index.layers]
     values: list[float] = []
     for shard in index.shards():
-        examples = index.examples(shard)
-        counts = torch.tensor(examples.caption_counts)
-        if not examples.ids:
-            continue
-        stored, text = index.factors(column, shard), index.text(shard)
-        factors = dequantise(Quantised(stored.values[0], stored.scales[0]), index.layers)
-        owner = torch.arange(len(counts)).repeat_interleave(counts)
-        total = torch.zeros(len(counts), dtype=torch.float64)
-        for layer, part in zip(index.layers, factors.split(channels, dim=-1), strict=True):
+        stored = index.components(column, shard)
+        text = stored.text[0].float()
+        factors = Quantised(stored.factors.values[0], stored.factors.scales[0])
+        dense = dequantise(factors, index.layers)
+        total = torch.zeros(len(stored.counts), dtype=torch.float64)
+        for layer, part in zip(index.layers, dense.split(channels, dim=-1), strict=True):
             seen = text if layer.reads is None else text @ weights[layer.reads].float().T
             damped = None
             if fitted is not None:
@@ -60,35 +58,27 @@ def self_influence(
                 if (vectors := getattr(fitted, "input_vectors", None)) is not None:
                     seen = seen @ vectors[layer.name].float()
                     part = part @ fitted.output_vectors[layer.name].float()  # type: ignore[union-attr]
-            total += _products(part, seen, owner, counts, damped)
+            total += _products(part, seen, stored, damped)
         values += total.tolist()
     settings = {"curvature": curvature, "damping": damping, "column": column,
                 "index": str(index.path), "draws": repr(index.draws)}  # fmt: skip
     return Scores(list(index.ids), np.array(values), "self-influence", settings)
 
 
-def _products(
-    factors: Tensor, text: Tensor, owner: Tensor, counts: Tensor, damped: Tensor | None
-) -> Tensor:
+def _products(factors: Tensor, text: Tensor, stored: Components, damped: Tensor | None) -> Tensor:
     """Returns the products [n] float64 of the two halves of each example's gradient.
 
     Args:
-        factors: [captions, 2, T, channels] of one layer.
-        text: [captions, T, width], what the layer sees.
-        owner: [captions] example of each caption.
-        counts: [n] captions of each example.
+        factors: [R, 2, channels] of one layer.
+        text: [R, width], what the layer sees.
+        stored: whose rows they are.
         damped: [channels, width] what is divided by.
     """
-    found = torch.zeros(len(counts), dtype=torch.float64)
-    chunk = at_once(2 * factors.shape[-1] * text.shape[-1])
-    for first in range(0, len(counts), chunk):
-        wanted = (owner >= first) & (owner < first + chunk)
-        gradients = factors[wanted].mT @ text[wanted, None]  # [captions, 2, channels, width]
-        some = counts[first : first + chunk]
-        means = torch.zeros(len(some), *gradients.shape[1:])
-        means.index_add_(0, owner[wanted] - first, gradients)
-        even, odd = (means / some[:, None, None, None]).double().unbind(1)
+    found = torch.zeros(len(stored.counts), dtype=torch.float64)
+    for some, rows, real in stored.groups(at_once(2 * factors.shape[-1] * text.shape[-1])):
+        halves = (factors[rows] * real[..., None, None]).transpose(1, 2)  # [r, 2, rows, channels]
+        even, odd = (halves.mT @ text[rows][:, None]).double().unbind(1)
         if damped is not None:
             odd = torch.where(damped > 0, odd / damped, 0.0)
-        found[first : first + chunk] = (even * odd).sum((1, 2))
+        found[some] = (even * odd).sum((1, 2))
     return found
