@@ -21,6 +21,9 @@ from .factors import Layer, Quantised
 PRODUCT_BYTES = 100_000_000
 """What exists of products or gradients at the same time."""
 
+PASS = 16
+"""Multiplications in a matrix product that take the time of one number that is only multiplied."""
+
 
 def scan(stored: Components, layers: Sequence[Layer], asked: Directions) -> Tensor:
     """Inner products of the gradients of a shard's examples with directions.
@@ -67,9 +70,9 @@ def _truncation_pays(asked: Directions, length: int, width: int) -> bool:
         return False
     channels = sum(f.shape[2] for f in asked.full)
     sides = sum(p.numel() for q in asked.left for p in q)  # of two halves
-    by_tokens = length * (width * asked.rank + sides) + 2 * sides
+    by_rows = length * (width * asked.rank + 2 * sides + PASS * 4 * asked.rank)
     formed = 2 * length * width * channels + 2 * width * channels * asked.count
-    return by_tokens < formed
+    return by_rows < formed
 
 
 def _truncated(
@@ -77,19 +80,17 @@ def _truncated(
 ) -> Tensor:
     """Returns [r, 2, 2Q] for factors [r, 2, rows, channels] and text [r, rows, width]."""
     assert asked.left is not None and asked.right is not None
-    values = factors.values.split([la.channels for la in layers], dim=-1)
-    products = []
-    for left, right in zip(asked.left, asked.right, strict=True):
-        states = (text @ torch.cat(right, dim=-1)).split([p.shape[-1] for p in right], dim=-1)
-        total: Tensor | float = 0.0
-        for i, (factor, seen, sides) in enumerate(zip(values, states, left, strict=True)):
-            scaled = seen[:, None] * factors.scales[..., i, None]  # [r, 2, rows, rank]
-            # The gradient against the right side serves both halves of the direction.
-            part = scaled.mT @ factor.float()  # [r, 2, rank, channels]
-            total = total + functional.linear(part.flatten(2), sides.flatten(1))
-        assert isinstance(total, Tensor)
-        products.append(total)
-    return torch.cat(products, dim=-1)
+    seen = [(text @ torch.cat(right, dim=-1)).split([p.shape[-1] for p in right], dim=-1)
+            for right in asked.right]  # fmt: skip
+    totals: list[Tensor | float] = [0.0] * len(seen)
+    for i, factor in enumerate(factors.values.split([la.channels for la in layers], dim=-1)):
+        dense = factor.float() * factors.scales[..., i, None]
+        for q, left in enumerate(asked.left):
+            # An example has few rows: less is written than if its gradient came first.
+            sides = dense @ left[i].flatten(0, 1).T  # [r, 2, rows, 2 * rank]
+            products = sides.unflatten(-1, (2, -1)) * seen[q][i][:, None, :, None]
+            totals[q] = totals[q] + products.sum((2, 4))
+    return torch.cat([torch.as_tensor(t) for t in totals], dim=-1)
 
 
 def _whole(factors: Quantised, text: Tensor, layers: Sequence[Layer], asked: Directions) -> Tensor:
