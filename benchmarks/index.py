@@ -4,6 +4,7 @@
     python benchmarks/index.py query  [--model demo|mscoco]   # over the published work of a query
     python benchmarks/index.py memory                         # peak of a build, against its size
     python benchmarks/index.py rows    [--rows 1000000]       # a scan over a copy, and a product
+    python benchmarks/index.py forward [--model demo|mscoco]  # candidates over bare passes
 
 The weights are random: what they are does not change the time. Everything runs in one process on
 all threads; benchmarks/README.md says what the numbers mean.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from forward import machine
 from scoring import CASES, Case, Load, matmul_peak, processors
+from texts import sentences, text_states
 from torch import Tensor
 
 from unsee.data.batches import gather
@@ -36,6 +38,7 @@ from unsee.index.index import Index
 from unsee.index.rows import scan_rows
 from unsee.methods.forward import forward_losses
 from unsee.methods.indexed import AbU
+from unsee.models.kernels import exact_kernels
 from unsee.models.unet import UNetDenoiser
 from unsee.query import Query
 
@@ -47,13 +50,12 @@ AGREEMENT = 0.98
 
 
 def examples(case: Case, count: int, seed: int = 0) -> EncodedDataset:
-    """Returns made-up examples of a case's shapes."""
+    """Returns examples of a case's shapes: random latents, real sentences."""
     generator = torch.Generator().manual_seed(seed)
-    captions = count * case.captions
     return EncodedDataset(
         [f"example {seed}-{i}" for i in range(count)],
         torch.randn(count, *case.latent, generator=generator),
-        torch.randn(captions, *case.text, generator=generator),
+        text_states(sentences(count, case.captions, seed), *case.text),
         [list(range(i * case.captions, (i + 1) * case.captions)) for i in range(count)],
     )
 
@@ -150,6 +152,11 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         index = Index.build(folder, model, data, ("factors",), draws=Draws(0, draws))
         index.curvature("ekfac", "factors")
+        components = float(
+            np.mean(
+                [c for s in index.shards() for c in index.components("factors", s).counts.tolist()]
+            )
+        )
         n, agreement = fewest_draws(index, queries(case, 4), most)
         method = AbU(index, query_draws=Draws(1, n), columns=["factors"])
         times = {}
@@ -171,6 +178,7 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
     ) * backward + total * views * case.captions * case.draws * forward
     result: dict[str, Any] = {
         "examples_measured": count, "examples": total, "draws_of_examples": draws,
+        "bytes_an_example": index.nbytes["factors"] / count, "components_an_example": components,
         "query_draws": n, "agreement": agreement, "query_draws_needed": needed,
         "forward_seconds": forward, "forward_backward_seconds": backward,
         "published_seconds": published,
@@ -181,6 +189,48 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
         result[f"seconds_of_{number}"] = {**seconds, "for_all_examples": one}
         result[f"times_faster_{number}"] = published / one
     return result
+
+
+# -- forward --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bare_forward(model: UNetDenoiser, data: EncodedDataset, draws: Draws, passes: int) -> float:
+    """Returns the seconds of one forward pass for each caption and draw, arguments at hand."""
+    jobs = [(r, r, c) for r in range(len(data.ids)) for c in range(data.caption_counts[r])]
+    size = max(1, passes // draws.n)
+    batches = [gather(data, draws, jobs[i : i + size]) for i in range(0, len(jobs), size)]
+    started = time.perf_counter()
+    for batch in batches:
+        model.loss(*batch)
+    return time.perf_counter() - started
+
+
+def candidates(case: Case, count: int, rounds: int) -> dict[str, Any]:
+    """Times real unlearning of a query with candidates from an index, and bare forward passes."""
+    model, data, draws = case.build(), examples(case, count), Draws(0, case.draws)
+    query = queries(case, 1)[0]
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, exact_kernels():
+        index = Index.build(folder, model, data, ("loss", "factors"), draws=draws)
+        method = AbU(index, columns=["factors"], forward=True)
+        for number in range(rounds + 1):
+            seconds = {f"bare, {size}": bare_forward(model, data, draws, size)
+                       for size in case.sizes}  # fmt: skip
+            started = time.perf_counter()
+            scores = method.attribute(query, data.ids)
+            seconds["all"] = time.perf_counter() - started
+            seconds["unlearning"] = scores.settings["seconds"]["unlearning"]
+            if number:  # the first round warms up
+                for name, value in seconds.items():
+                    times.setdefault(name, []).append(value)
+    assert scores.settings["losses_before"] == "stored"
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    best = min((n for n in medians if n.startswith("bare")), key=lambda n: medians[n])
+    shares = [b / (a - u) for a, u, b in zip(times["all"], times["unlearning"], times[best],
+                                             strict=True)]  # fmt: skip
+    return {"candidates": count, "passes": count * case.captions * case.draws, "rounds": rounds,
+            "seconds": times, "best": best, "of_bare": statistics.median(shares)}  # fmt: skip
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -316,7 +366,7 @@ def numpy_scan(rows: Tensor, asked: Tensor) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("build", "query", "memory", "rows"))
+    parser.add_argument("what", choices=("build", "query", "forward", "memory", "rows"))
     parser.add_argument("--model", choices=list(CASES), default="demo")
     parser.add_argument("--examples", type=int, help="how many are indexed")
     parser.add_argument("--draws", type=int, default=2, help="of the indexed examples (query)")
@@ -333,6 +383,9 @@ def main() -> None:
     elif options.what == "query":
         found = query(case, options.examples or (1898 if case.name == "demo" else 500),
                       options.draws, options.most)  # fmt: skip
+    elif options.what == "forward":
+        found = candidates(case, options.examples or (512 if case.name == "demo" else 16),
+                           options.rounds)  # fmt: skip
     elif options.what == "rows":
         found = scans(options.rows, options.rounds, options.threads, options.others)
     else:

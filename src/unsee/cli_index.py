@@ -38,9 +38,9 @@ def add_index(commands: argparse._SubParsersAction) -> None:
                          "model of transformers (default: latent text)")  # fmt: skip
     command.add_argument("--draws", type=positive, default=16, help="per example; an even number")
     command.add_argument("--storage", default="int8", choices=("int8", "float16", "float32"))
-    command.add_argument("--tolerance", type=float, default=1e-3, metavar="SHARE",
+    command.add_argument("--tolerance", type=float, default=3e-4, metavar="SHARE",
                          help="of a squared gradient that may be left out to keep it small; 0 for "
-                         "none (default: 0.001)")  # fmt: skip
+                         "none (default: 0.0003)")  # fmt: skip
     command.add_argument("--flips", action="store_true", help="also index mirrored pictures")
     command.add_argument("--shard-size", type=positive, default=64, help="examples in a file")
     command.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")

@@ -96,7 +96,7 @@ class Index:
         encoders: Sequence[str] = (),
         draws: Draws | None = None,
         storage: Storage = "int8",
-        tolerance: float = 1e-3,
+        tolerance: float = 3e-4,
         flips: bool = False,
         shard_size: int = 64,
         batch_size: int = 64,

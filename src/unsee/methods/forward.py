@@ -133,6 +133,7 @@ def noise_floor(
     draws: DrawSource,
     rows: Sequence[int],
     batch_size: int = 80,
+    first: np.ndarray | None = None,
 ) -> float:
     """Bounds the error that floating point leaves in a score.
 
@@ -145,16 +146,20 @@ def noise_floor(
         draws: each example's timesteps and noise.
         rows: a sample of examples.
         batch_size: the batch size that scores are computed with.
+        first: losses [rows, views, draws] of these examples, where they were computed with it, or
+            come from elsewhere and are to be held against it.
 
     Returns:
         Twice the largest change of an example's loss (mean over draws) between the two batch
         sizes: a score is the difference of two such losses.
     """
     other = max(1, draws.n * 3) if batch_size > draws.n * 3 else batch_size * 3 + 1
-    first, second = (
+    sizes = (batch_size, other) if first is None else (other,)
+    found = [
         forward_losses(model, data, draws, rows, batch_size=size, description="noise floor")
-        for size in (batch_size, other)
-    )
+        for size in sizes
+    ]
+    first, second = (found[0] if first is None else first[:, :1]), found[-1]
     change = np.abs((first - second).mean(axis=2)).max()
     # Two runs may agree to the last bit by luck; rounding of a single float32 loss is the least.
     dtype = np.float64 if next(model.network.parameters()).dtype == torch.float64 else np.float32

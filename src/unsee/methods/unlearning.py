@@ -43,8 +43,8 @@ divided by its root mean square over the examples in that draw's part of the noi
 that no part leads (after Diffusion-ReTrac, Xie et al., arXiv 2401.09031, which divides gradients).
 """
 
-FLOOR_EXAMPLES = 64
-"""Size of the sample that the noise floor is measured on."""
+FLOOR_SHARE, FEWEST, MOST = 0.05, 8, 64
+"""Of the scored examples: the sample that the noise floor is measured on, and its bounds."""
 
 
 def query_gradient(model: Denoiser, query: Query, draws: Draws, batch_size: int = 64) -> Gradients:
@@ -269,7 +269,7 @@ class ForwardAbU:
         unlearned = self.unlearn(query) if unlearned is None else unlearned
         unlearn_done = time.monotonic()
         after = self.losses(rows, unlearned.weights)
-        floor = self._checked_floor(query, (after - before).mean(axis=2), unlearned)
+        floor = self._checked_floor(query, rows, before, after, unlearned)
         change = changes(before, after, self.change).mean(axis=2).max(axis=1)
         settings = {
             "parameters": list(self.model.parameters),
@@ -299,11 +299,18 @@ class ForwardAbU:
         ids = [self.data.ids[r] for r in rows]
         return Scores(ids, change, "AbU", settings, query)
 
-    def _checked_floor(self, query: Query, change: np.ndarray, unlearned: Unlearned) -> float:
+    def _checked_floor(
+        self, query: Query, rows: list[int], before: np.ndarray, after: np.ndarray,
+        unlearned: Unlearned,
+    ) -> float:  # fmt: skip
         """Returns the noise floor of the scores; refuses scores that lie below it."""
-        sample = range(0, len(self.data.ids), max(1, len(self.data.ids) // FLOOR_EXAMPLES))
-        floor = noise_floor(self.model, self.data, self.draws, sample, self.batch_size)
-        typical = float(np.sqrt(np.mean(change**2)))
+        count = min(MOST, max(FEWEST, int(FLOOR_SHARE * len(rows))), len(rows))
+        places = np.linspace(0, len(rows) - 1, count).round().astype(int)
+        floor = noise_floor(
+            self.model, self.data, self.draws, [rows[p] for p in places], self.batch_size,
+            before[places],
+        )  # fmt: skip
+        typical = float(np.sqrt(np.mean((after - before).mean(axis=2) ** 2)))
         if typical <= floor:
             raise ValueError(
                 f"unlearning {query.id!r}: a rise of {unlearned.rise:.2g} of its loss moves the "
