@@ -27,7 +27,7 @@ def modules() -> dict[str, ModuleType]:
     try:
         return {
             name: importlib.import_module(name)
-            for name in ("flops", "scoring", "workers", "forward", "index")
+            for name in ("flops", "scoring", "workers", "forward", "stored_rows", "texts", "index")
         }
     finally:
         sys.path.remove(str(FOLDER))
@@ -190,13 +190,24 @@ def test_emulated_bfloat16_is_recognised(modules):
 
 
 def test_ways_to_scan_rows_do_the_same_work(modules) -> None:
-    rows = modules["index"].made_up_rows(300)  # more than a chunk of numpy's
+    rows = modules["stored_rows"].made_up_rows(300)  # more than a chunk of numpy's
     asked = torch.nn.functional.normalize(torch.randn(3, rows.shape[1]), dim=1)
-    found = torch.from_numpy(modules["index"].numpy_scan(rows, asked))
+    found = torch.from_numpy(modules["stored_rows"].numpy_scan(rows, asked))
     # Sums of 4,096 products in float32, in another order.
     torch.testing.assert_close(found, scan_rows(rows, asked), rtol=0, atol=1e-6)
     target = torch.zeros_like(rows[:128])
-    modules["index"].copy_all(rows, target)
+    modules["stored_rows"].copy_all(rows, target)
     assert torch.equal(target[: 300 - 256], rows[256:])
     with pytest.raises(SystemExit, match="make --rows smaller"):
-        modules["index"].made_up_rows(10**12)
+        modules["stored_rows"].made_up_rows(10**12)
+
+
+def test_sentences_of_a_picture_and_their_states(modules) -> None:
+    texts = modules["texts"]
+    some = texts.sentences(3, 5)
+    assert some == texts.sentences(3, 5) and len(some) == 15
+    assert all(8 <= len(s.split()) <= 30 for s in some)
+    narrow, wide = (texts.text_states(some[:3], 24, width) for width in (384, 500))
+    assert narrow.shape == (3, 24, 384) and wide.shape == (3, 24, 500)
+    # Turned into more dimensions, and nothing else: inner products stay, to float32's rounding.
+    torch.testing.assert_close(wide @ wide.mT, narrow @ narrow.mT, rtol=1e-4, atol=1e-3)
