@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.methods.conftest import examples
+from unsee import tensor_files
 from unsee.data.dataset import load_dataset
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
@@ -184,7 +185,7 @@ def test_memory_does_not_grow_with_the_data_set(model, tmp_path: Path, monkeypat
             peaks[-1] = max(peaks[-1], live_bytes())
         write_atomically(path, write)
 
-    monkeypatch.setattr(layout, "write_atomically", noting)
+    monkeypatch.setattr(tensor_files, "write_atomically", noting)
     before = live_bytes()
     for count in (8, 32):
         peaks.append(0)
@@ -249,7 +250,8 @@ def stop_after(files: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
             left -= 1
         write_atomically(path, write)
 
-    monkeypatch.setattr(layout, "write_atomically", write)
+    for module in (layout, tensor_files):
+        monkeypatch.setattr(module, "write_atomically", write)
 
 
 @pytest.mark.parametrize("files", [0, 1, 2, 5])

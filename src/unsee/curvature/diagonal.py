@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import write_atomically
 from ..gradients import Gradients, squared_gradients, wide
+from ..tensor_files import DamagedFile, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -106,27 +103,22 @@ class DiagonalFisher:
 
     def save(self, path: Path) -> None:
         """Writes the values as float64 safetensors."""
-        about = {"unsee": json.dumps({"count": self.count, "settings": self.settings})}
-        tensors = {n: v.contiguous() for n, v in self.values.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+        write_tensors(path, self.values, {"count": self.count, "settings": self.settings})
 
     @classmethod
     def load(cls, path: Path) -> DiagonalFisher:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: missing, cut short, or not a Fisher file.
+            ValueError: missing, damaged (every byte is checked), or not a Fisher file.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["unsee"])
-                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            values, about = read_tensors(path)
             return cls(values, about["count"], about["settings"])
         except FileNotFoundError:
             raise ValueError(f"Fisher file {str(path)!r}: no such file") from None
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (DamagedFile, KeyError) as error:
             raise ValueError(
-                f"Fisher file {str(path)!r} is damaged or of another kind ({error!r}): "
+                f"Fisher file {str(path)!r} is damaged or of another kind ({error}): "
                 "delete it and fit again"
             ) from None

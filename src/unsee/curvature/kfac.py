@@ -9,18 +9,14 @@ the second moment along them: it is the best diagonal in that basis.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import write_atomically
 from ..gradients import (
     Calls,
     GradientKind,
@@ -30,6 +26,7 @@ from ..gradients import (
     tokens,
     wide,
 )
+from ..tensor_files import DamagedFile, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -253,7 +250,7 @@ class _Kronecker:
     def save(self, path: Path) -> None:
         """Writes vectors and values as float64 safetensors."""
         tensors = {
-            f"{part}/{name}": tensor.contiguous()
+            f"{part}/{name}": tensor
             for part in ("input_vectors", "output_vectors", "values")
             for name, tensor in getattr(self, part).items()
         }
@@ -263,27 +260,23 @@ class _Kronecker:
             "count": self.count,
             "settings": self.settings,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            path, lambda part: save_file(tensors, part, metadata={"unsee": json.dumps(about)})
-        )
+        write_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Reads what `save` of the same class wrote.
 
         Raises:
-            ValueError: missing, cut short, or not a file of this curvature.
+            ValueError: missing, damaged (every byte is checked), or not a file of this curvature.
         """
         parts: dict[str, Gradients] = {"input_vectors": {}, "output_vectors": {}, "values": {}}
         try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["unsee"])
-                if about["kind"] != cls.__name__:
-                    raise KeyError(about["kind"])
-                for key in file.keys():  # noqa: SIM118
-                    part, _, name = key.partition("/")
-                    parts[part][name] = file.get_tensor(key)
+            tensors, about = read_tensors(path)
+            if about["kind"] != cls.__name__:
+                raise KeyError(about["kind"])
+            for key, tensor in tensors.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = tensor
             return cls(
                 **parts,
                 gradient=about["gradient"],
@@ -292,9 +285,9 @@ class _Kronecker:
             )
         except FileNotFoundError:
             raise ValueError(f"{cls.__name__} file {str(path)!r}: no such file") from None
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (DamagedFile, KeyError) as error:
             raise ValueError(
-                f"{cls.__name__} file {str(path)!r} is damaged or of another kind ({error!r}): "
+                f"{cls.__name__} file {str(path)!r} is damaged or of another kind ({error}): "
                 "delete it and fit again"
             ) from None
 

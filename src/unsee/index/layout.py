@@ -16,18 +16,16 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..files import write_atomically
+from ..tensor_files import DamagedFile, read_tensors, write_tensors
 
 SCHEMA = 3
 
@@ -232,14 +230,8 @@ def write_shard(
     about: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes one shard of a column; `about` is kept in its header."""
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     header = {"manifest": manifest.key_of(shard), "column": column, "about": about or {}}
-    header["crc32"] = _checksum(header, tensors)
-    # One entry: safetensors writes several in any order.
-    text = {"unsee": json.dumps(header)}
-    file = shard_path(path, column, shard)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda p: save_file(tensors, p, metadata=text))
+    write_tensors(shard_path(path, column, shard), tensors, header)
 
 
 def read_shard(
@@ -255,17 +247,10 @@ def read_shard(
         raise ValueError(f"{file}: no such shard; run the same `unsee index` again to continue")
     again = "delete it and run the same `unsee index` again"
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            header = json.loads((opened.metadata() or {})["unsee"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        crc32, key, about = header.pop("crc32"), header["manifest"], header["about"]
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): {again}") from None
-    if _checksum(header, tensors) != crc32:
-        raise ValueError(
-            f"{file} is damaged (its checksum is {_checksum(header, tensors)}, not {crc32}): "
-            f"{again}"
-        )
+        tensors, header = read_tensors(file)
+        key, about = header["manifest"], header["about"]
+    except (DamagedFile, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): {again}") from None
     if (key, header["column"]) != (manifest.key_of(shard), column):
         raise ValueError(
             f"{file} belongs to another index or place: its key is {key} of column "
@@ -273,15 +258,6 @@ def read_shard(
             f"put the right one there, or {again}"
         )
     return tensors, about
-
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    total = zlib.crc32(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(cast(Any, tensor.flatten().view(torch.uint8).numpy()), total)
-    return f"{total:08x}"
 
 
 class writing:
