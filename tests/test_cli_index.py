@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from tests.conftest import write_image_folder
 from tests.index.test_features import save_vision
@@ -355,6 +356,71 @@ def test_delete_erases(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture)
     for file in mine.path.rglob("*"):
         if file.is_file() and file.name != "manifest.json":  # which keeps it from coming back
             assert gone.encode() not in file.read_bytes()
+
+
+def further_pictures(folder: Path) -> Path:
+    """Writes two more pictures, whose metadata has another column."""
+    folder.mkdir()
+    rows = []
+    for name, rgb in (("grey", (120, 120, 120)), ("black", (0, 0, 0))):
+        Image.new("RGB", (64, 64), rgb).save(folder / f"{name}.png")
+        rows.append({"file_name": f"{name}.png", "text": f"all {name}", "author": "nobody"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def test_append_adds(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    further = further_pictures(tmp_path / "further")
+    command = ["index", str(mine.model), str(further), "--out", str(mine.path), "--append",
+               "--device", "cpu"]  # fmt: skip
+    assert main(command) == 0
+    assert "14 examples, 0 deleted" in capsys.readouterr().out
+    assert mine.attribute(tmp_path / "out") == 0
+    scores = Scores.load(tmp_path / "out" / "scores.parquet")
+    assert len(scores) == 14 and {"grey.png", "black.png"} < set(scores.ids)
+    assert "all grey" in (tmp_path / "out" / "report.html").read_text()
+    # Neither the first command nor this one, given again, forgets them.
+    before = (mine.path / "source.json").read_text()
+    for again in (mine.index, ["index", str(mine.model), str(further), *mine.index[3:]]):
+        assert main(again) == 0
+        assert (mine.path / "source.json").read_text() == before
+    capsys.readouterr()
+    refused(capsys, main(command), "is there already")
+    assert mine.attribute(tmp_path / "out") == 0
+    assert main([*mine.index, "--delete", "grey.png"]) == 0
+    assert mine.attribute(tmp_path / "out") == 0
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 13
+
+
+def test_a_killed_addition_goes_on(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    further = further_pictures(tmp_path / "further")
+    command = ["index", str(mine.model), str(further), "--out", str(mine.path), "--append",
+               "--device", "cpu"]  # fmt: skip
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unsee.index.index.write_table", stop)  # all that comes after the columns
+        main(command)
+    assert mine.attribute(tmp_path / "out") == 0
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 12
+    assert main(command) == 0
+    assert mine.attribute(tmp_path / "out") == 0
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 14
+
+
+def test_append_is_refused(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = json.loads((mine.path / "source.json").read_text())
+    again = shutil.copytree(mine.data, tmp_path / "again")
+    command = ["index", str(mine.model), str(again), "--append", "--device", "cpu", "--out"]
+    refused(capsys, main([*command, str(mine.path)]), "is there already", "ids of their own")
+    assert json.loads((mine.path / "source.json").read_text()) == source
+    refused(capsys, main([*command, str(tmp_path / "none")]), "is no run that `unsee index` made")
+    both = [*command, str(mine.path), "--delete", "red-circle.png"]
+    refused(capsys, main(both), "one at a time")
 
 
 def test_pictures_that_were_added_are_named(

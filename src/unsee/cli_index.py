@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from .cli_arguments import (
     DATA_HELP,
     MODEL_HELP,
     add_model_options,
+    open_data,
     open_model_and_data,
     positive,
     quiet_loading,
@@ -18,7 +20,9 @@ from .cli_arguments import (
 
 if TYPE_CHECKING:
     from .data.dataset import ImageDataset
+    from .index.index import Index
     from .methods.base import Scores
+    from .runs import Source
 
 CURVATURES = ("ekfac", "kfac", "diagonal", "diagonal_per_draw", "identity")
 
@@ -45,6 +49,8 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--shard-size", type=positive, default=64, help="examples in a file")
     command.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
     command.add_argument("--batch-size", type=positive, default=64, help="passes at once")
+    command.add_argument("--append", action="store_true",
+                         help="add DATA to the run; the other options as they were")  # fmt: skip
     command.add_argument("--delete", nargs="+", metavar="ID",
                          help="erase these examples; the other options as they were")  # fmt: skip
     add_model_options(command)
@@ -73,17 +79,25 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 def _index(args: argparse.Namespace) -> None:
     from .draws import Draws
     from .index.index import Index, describe_index
-    from .runs import is_run, open_model, write_source
+    from .runs import append, is_run, open_model, write_source
 
-    if args.delete:  # DATA may be without them already
+    if args.append and args.delete:
+        raise ValueError("index: --append adds pictures and --delete erases some: one at a time")
+    if args.append:
+        data = open_data(args.data, args.skip_bad)
+        quiet_loading()
+        index = append(args.out, source_of(args), data, args.device, args.batch_size, args.encoders)
+        _fit(index)
+    elif args.delete:  # DATA may be without them already
         quiet_loading()
         Index.open(args.out, open_model(source_of(args), args.device)).delete(args.delete)
         print("erased; scores and pages that were made before still have them: remove those too")
     else:
         model, data = open_model_and_data(args)
         length = model.num_train_timesteps
+        source = _source_of_build(args)
         if not is_run(args.out):  # so that a build that is stopped can be asked what it is of
-            write_source(args.out, source_of(args))
+            write_source(args.out, source)
         index = Index.build(
             args.out, model, data, args.columns, encoders=args.encoders,
             draws=Draws(args.method_seed, args.draws, num_train_timesteps=length),
@@ -91,12 +105,30 @@ def _index(args: argparse.Namespace) -> None:
             shard_size=args.shard_size, batch_size=args.batch_size,
             on_error="skip" if args.skip_bad else "raise",
         )  # fmt: skip
-        write_source(args.out, source_of(args))
-        for column in ("factors", "outputs"):
-            if column in index.columns:
-                index.curvature("ekfac", column)
+        write_source(args.out, source)
+        _fit(index)
     for line in describe_index(args.out):
         print(line)
+
+
+def _source_of_build(args: argparse.Namespace) -> Source:
+    """Returns MODEL and DATA, with what was appended to the run before."""
+    from .runs import is_run, read_source
+
+    source = source_of(args)
+    if not is_run(args.out):
+        return source
+    known = read_source(args.out)
+    if source.absolute().data in known.further:
+        return known
+    return dataclasses.replace(source, further=known.further)
+
+
+def _fit(index: Index) -> None:
+    """Fits the curvature that answers use by default."""
+    for column in ("factors", "outputs"):
+        if column in index.columns:
+            index.curvature("ekfac", column)
 
 
 def _influence(args: argparse.Namespace) -> None:

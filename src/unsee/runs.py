@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ class Source:
         lora: LoRA weights on the model, if any.
         dtype: of the weights.
         skip_bad: whether pictures that cannot be read were left out.
+        further: data sets that were appended, in words as `data`.
     """
 
     model: str
@@ -42,6 +44,19 @@ class Source:
     lora: str | None = None
     dtype: Dtype = "float32"
     skip_bad: bool = False
+    further: tuple[str, ...] = ()
+
+    def absolute(self) -> Source:
+        """Returns the source with folders that are found again from any other one."""
+
+        def found(value: str) -> str:
+            return str(Path(value).resolve()) if value and Path(value).exists() else value
+
+        return dataclasses.replace(
+            self, model=found(self.model), data=found(self.data),
+            lora=found(self.lora) if self.lora else self.lora,
+            further=tuple(found(name) for name in self.further),
+        )  # fmt: skip
 
 
 def open_data(name: str, skip_bad: bool = False) -> ImageDataset:
@@ -49,6 +64,44 @@ def open_data(name: str, skip_bad: bool = False) -> ImageDataset:
     if name in ("twemoji", "twemoji-skin-tones"):
         return load_dataset("twemoji", skin_tones=name == "twemoji-skin-tones")
     return load_dataset("imagefolder", data_dir=name, on_error="skip" if skip_bad else "raise")
+
+
+def open_all(source: Source) -> ImageDataset:
+    """Opens the data set of a source, with those that were appended."""
+    further = [open_data(name, source.skip_bad) for name in source.further]
+    return open_data(source.data, source.skip_bad).with_further(further)
+
+
+def append(
+    path: Path, source: Source, data: ImageDataset, device: str | None = None,
+    batch_size: int = 64, encoders: Sequence[str] = (),
+) -> Index:  # fmt: skip
+    """Adds pictures to a run; killed, the same call goes on.
+
+    Args:
+        path: of the run.
+        source: of the pictures, and of the model that was indexed.
+        data: the pictures.
+        device: of the model.
+        batch_size: passes at once.
+        encoders: folders of the vision encoders that the index was built with, if any.
+
+    Raises:
+        ValueError: no run there, another model, or see `Index.append`.
+    """
+    before = read_source(path)
+    index = Index.open(path, open_model(source, device))
+    name = source.absolute().data
+    # First, so that an addition that is killed behind its last example can be found again.
+    write_source(
+        path, dataclasses.replace(before, further=tuple(dict.fromkeys([*before.further, name])))
+    )
+    try:
+        return index.append(data, batch_size, encoders)
+    except ValueError:
+        if set(data.ids).intersection(index.ids):
+            write_source(path, before)
+        raise
 
 
 def open_model(source: Source, device: str | None = None) -> Denoiser:
@@ -75,12 +128,7 @@ def write_source(path: Path, source: Source) -> None:
     Raises:
         ValueError: the folder cannot be written to.
     """
-    # Folders are found again from any other one.
-    found = {
-        name: str(Path(value).resolve()) if value and Path(value).exists() else value
-        for name, value in (("model", source.model), ("data", source.data), ("lora", source.lora))
-    }
-    text = json.dumps(dataclasses.asdict(source) | found, indent=1) + "\n"
+    text = json.dumps(dataclasses.asdict(source.absolute()), indent=1) + "\n"
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / SOURCE, lambda p: p.write_text(text, encoding="utf-8"))
@@ -106,8 +154,9 @@ def read_source(path: Path) -> Source:
             "Python with Index.open(path, model)"
         )
     try:
-        return Source(**json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        return Source(**{**about, "further": tuple(about.get("further", ()))})
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): run `unsee index` again") from None
 
 
@@ -118,7 +167,7 @@ def open_run(path: Path, device: str | None = None) -> tuple[Index, ImageDataset
         ValueError: it is not finished, or its model or data set is not what it was.
     """
     source = read_source(path)
-    data = open_data(source.data, source.skip_bad)
+    data = open_all(source)
     model = open_model(source, device)
     was, now = read_manifest(path).settings["model"], model.fingerprint()
     if was != now:
@@ -131,7 +180,8 @@ def open_run(path: Path, device: str | None = None) -> tuple[Index, ImageDataset
     lost = sorted(set(index.ids) - set(data.ids))
     if lost:
         raise ValueError(
-            f"run {str(path)!r}: its example {lost[0]!r} is no longer in {source.data!r}; bring "
+            f"run {str(path)!r}: its example {lost[0]!r} is no longer in "
+            f"{' or '.join(repr(name) for name in (source.data, *source.further))}; bring "
             "it back, or erase it with the command that built the run and `--delete "
             f"{lost[0]}`"
         )

@@ -150,6 +150,17 @@ class ImageDataset(Sequence[Example]):
             raise ValueError(f"data set {self.name!r} has no example {unknown[0]!r}")
         return ImageDataset(self.table.select([position[i] for i in ids]), self.name)
 
+    def with_further(self, others: Sequence[ImageDataset]) -> ImageDataset:
+        """Returns the data set with the examples of others behind its own.
+
+        Raises:
+            ValueError: an id is in two of them.
+        """
+        if not others:
+            return self
+        tables = [self.table, *(other.table for other in others)]
+        return ImageDataset(datasets.concatenate_datasets(tables), self.name)
+
     def stamp(self, index: int) -> str:
         """Returns what changes when a picture does: its file's size and time, or its bytes."""
         record = self.table[index]["image"]
