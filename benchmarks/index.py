@@ -140,17 +140,14 @@ def draws_needed(n: int, agreement: float) -> int:
     return round(n * odds * (1 - agreement) / max(agreement, 1e-3))
 
 
-def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
+def query(case: Case, count: int, draws: int, most: int, kept: Path | None) -> dict[str, Any]:
     """Times queries from an index, and the published work of one."""
     model, data = case.build(), examples(case, count)
     with tempfile.TemporaryDirectory() as folder:
-        index = Index.build(folder, model, data, ("factors",), draws=Draws(0, draws))
+        index = Index.build(kept or folder, model, data, ("factors",), draws=Draws(0, draws))
         index.curvature("ekfac", "factors")
-        components = float(
-            np.mean(
-                [c for s in index.shards() for c in index.components("factors", s).counts.tolist()]
-            )
-        )
+        counts = torch.cat([index.components("factors", s).counts for s in index.shards()])
+        size = index.nbytes["factors"] / count
         n, agreement = fewest_draws(index, queries(case, 4), most)
         method = AbU(index, query_draws=Draws(1, n), columns=["factors"])
         times = {}
@@ -172,7 +169,7 @@ def query(case: Case, count: int, draws: int, most: int) -> dict[str, Any]:
     ) * backward + total * views * case.captions * case.draws * forward
     result: dict[str, Any] = {
         "examples_measured": count, "examples": total, "draws_of_examples": draws,
-        "bytes_an_example": index.nbytes["factors"] / count, "components_an_example": components,
+        "bytes_an_example": size, "components_an_example": float(counts.double().mean()),
         "query_draws": n, "agreement": agreement, "query_draws_needed": needed,
         "forward_seconds": forward, "forward_backward_seconds": backward,
         "published_seconds": published,
@@ -273,6 +270,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, help="how many are indexed")
     parser.add_argument("--draws", type=int, default=2, help="of the indexed examples (query)")
     parser.add_argument("--most", type=int, default=1024, help="draws of a query that are tried")
+    parser.add_argument("--index", type=Path, help="where the index is kept, or found (query)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1_000_000, help="of 4,096 float16 numbers")
     parser.add_argument("--threads", type=int, default=processors(), help="(rows)")
@@ -284,7 +282,7 @@ def main() -> None:
         found = build(case, options.examples or (64 if case.name == "demo" else 4), options.rounds)
     elif options.what == "query":
         found = query(case, options.examples or (1898 if case.name == "demo" else 500),
-                      options.draws, options.most)  # fmt: skip
+                      options.draws, options.most, options.index)  # fmt: skip
     elif options.what == "forward":
         found = candidates(case, options.examples or (512 if case.name == "demo" else 16),
                            options.rounds)  # fmt: skip
