@@ -28,7 +28,7 @@ from unsee.methods.two_stage import gathered
 from unsee.methods.unlearning import ForwardAbU
 from unsee.query import Query
 
-RISES = (0.01, 0.05, 0.25, 1.0)
+RISES = (0.01, 0.05, 0.25)
 CURVATURES: tuple[CurvatureName, ...] = ("diagonal_per_draw", "ekfac")
 DAMPING = 0.1
 DRAWS = {

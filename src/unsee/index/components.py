@@ -61,6 +61,18 @@ class Components:
         factors = Quantised(tensors["values"], tensors["scales"])
         return cls(factors, tensors["text"], tensors["counts"])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Components]) -> Components:
+        """Returns the components of several lists of examples, one behind another."""
+        if len(parts) == 1:
+            return parts[0]
+        values, scales, text = (
+            torch.cat(list(every), dim=1)
+            for every in zip(*((p.factors.values, p.factors.scales, p.text) for p in parts),
+                             strict=True)
+        )  # fmt: skip
+        return cls(Quantised(values, scales), text, torch.cat([p.counts for p in parts]))
+
     def select(self, keep: Tensor) -> Components:
         """Returns the components of some examples, by a mask [n]."""
         rows = keep.repeat_interleave(self.counts)

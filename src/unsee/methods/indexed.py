@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,11 @@ from torch import Tensor
 from ..draws import Draws
 from ..gradients import Gradients
 from ..index.build import MEASURES
+from ..index.components import Components
 from ..index.directions import Directions, directions, moments_of
 from ..index.factors import Measure, example_factors
 from ..index.fit import CurvatureName, layer_inputs
 from ..index.index import Index
-from ..index.layout import Shard
 from ..index.scan import scan
 from ..models.kernels import exact_kernels
 from ..query import Query
@@ -26,6 +26,9 @@ from .base import Scores
 from .two_stage import reevaluate
 
 HALVES = 2
+
+BATCH_ROWS = 4096
+"""Components that are scanned at once, or those of one shard: few would be many small products."""
 
 
 @dataclass(frozen=True)
@@ -220,17 +223,23 @@ class AbU:
 
     def _products(self, column: str, asked: Directions) -> np.ndarray:
         """Returns products [N, views, Q, 2, 2] (halves of example, of query)."""
-        index = self.index
-        parts = [_example_products(index, column, shard, asked) for shard in index.shards()]
-        found = np.concatenate(parts)  # [N, views, 2, 2Q]
+        layers = self.index.layers
+        parts = [scan(examples, layers, asked) for examples in _batches(self.index, column)]
+        found = torch.cat(parts, dim=1).transpose(0, 1).numpy()  # [N, views, 2, 2Q]
         shape = *found.shape[:3], asked.count // HALVES, HALVES
         return found.reshape(shape).transpose(0, 1, 3, 2, 4)
 
 
-def _example_products(index: Index, column: str, shard: Shard, asked: Directions) -> np.ndarray:
-    """Returns [n, views, 2, 2Q] float64."""
-    products = scan(index.components(column, shard), index.layers, asked)
-    return products.transpose(0, 1).numpy()
+def _batches(index: Index, column: str) -> Iterator[Components]:
+    """Yields the gradients of all examples, of as many shards at once as are quickly scanned."""
+    batch: list[Components] = []
+    for shard in index.shards():
+        batch.append(index.components(column, shard))
+        if sum(part.text.shape[1] for part in batch) >= BATCH_ROWS:
+            yield Components.joined(batch)
+            batch = []
+    if batch:
+        yield Components.joined(batch)
 
 
 def query_gradients(
