@@ -55,12 +55,16 @@ def text_states(texts: list[str], tokens: int, width: int) -> Tensor:
     """Returns states [len(texts), tokens, width] of the sentence encoder, padding included, turned
     into the width that is asked for."""
     encoder, tokenizer = load_text_encoder("minilm", tokens)
-    parts = []
-    for first in range(0, len(texts), BATCH):
-        batch = tokenizer(
-            texts[first : first + BATCH], padding="max_length", truncation=True,
-            max_length=tokens, return_tensors="pt",
-        )  # fmt: skip
-        parts.append(encoder(**batch).last_hidden_state)
-    states = torch.cat(parts)
-    return states @ _lifted(states.shape[-1], width)
+    parts, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # an index that was kept is then found again with any number of them
+    try:
+        for first in range(0, len(texts), BATCH):
+            batch = tokenizer(
+                texts[first : first + BATCH], padding="max_length", truncation=True,
+                max_length=tokens, return_tensors="pt",
+            )  # fmt: skip
+            states = encoder(**batch).last_hidden_state
+            parts.append(states @ _lifted(states.shape[-1], width))
+    finally:
+        torch.set_num_threads(threads)
+    return torch.cat(parts)
