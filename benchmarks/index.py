@@ -6,8 +6,8 @@
     python benchmarks/index.py rows    [--rows 1000000]       # a scan over a copy, and a product
     python benchmarks/index.py forward [--model demo|mscoco]  # candidates over bare passes
 
-The weights are random: what they are does not change the time. Everything runs in one process on
-all threads; benchmarks/README.md says what the numbers mean.
+The weights are random, the texts real sentences: what an index keeps depends on them. Everything
+runs in one process on all threads; benchmarks/README.md says what the numbers mean.
 """
 
 from __future__ import annotations

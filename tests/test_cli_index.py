@@ -460,8 +460,11 @@ def test_a_damaged_record_is_named(
 ) -> None:
     (mine.path / "source.json").write_text("{")
     refused(capsys, mine.attribute(tmp_path / "out"), "source.json is damaged")
+    assert main(mine.index) == 0  # as the message says
+    assert mine.attribute(tmp_path / "out") == 0
     (mine.path / "source.json").unlink()
     refused(capsys, mine.attribute(tmp_path / "out"), "was not made by `unsee index`")
+    assert main(mine.index) == 0
 
 
 def test_features_are_columns_too(tiny_pipeline_dir, image_folder, tmp_path, capsys) -> None:

@@ -2,7 +2,7 @@
 benchmarks/twemoji/index.py WORK
 
 Writes WORK/scores/index, METHOD, damping D.npy for judge.py, and index.json: rank correlation of
-the stored scores with unquantised float64 ones, and of first order with real unlearning.
+the stored scores with unquantised float64 ones. steps.py holds first order against unlearning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from unsee.index.build import MEASURES
 from unsee.index.factors import Storage, dequantise
 from unsee.index.fit import CurvatureName
 from unsee.index.index import Index
-from unsee.methods.base import Scores
 from unsee.methods.indexed import AbU, query_gradients
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
@@ -109,30 +108,6 @@ def fidelity(benchmark: Benchmark, work: Path, queries: int) -> list[dict]:
              "queries": queries}, *rows]  # fmt: skip
 
 
-def against_unlearning(benchmark: Benchmark, index: Index, work: Path) -> list[dict]:
-    """Compares first order with the scores that unlearn.py left, whose draws are others."""
-    rows = []
-    for folder in sorted((work / "unlearned").glob("*rise*")):
-        kind: CurvatureName = "ekfac" if "EK-FAC" in folder.name else "diagonal_per_draw"
-        if "identity" in folder.name:
-            kind = "identity"
-        damping = 0.0 if "published" in folder.name else 0.1
-        asked = [q for q in benchmark.queries if (folder / f"{q.id}.parquet").is_file()]
-        if len(asked) < 2 or "ratio" in folder.name or "timestep" in folder.name:
-            continue
-        method = AbU(index, kind, damping, ["factors"], query_draws=QUERY_DRAWS)
-        r = []
-        for query, first in zip(asked, method.attribute_many(asked), strict=True):
-            unlearned = Scores.load(folder / f"{query.id}.parquet")
-            place = {i: row for row, i in enumerate(unlearned.ids)}
-            r.append(float(spearman(first.values,
-                                    unlearned.values[[place[i] for i in first.ids]])))  # fmt: skip
-        rows.append({"method": folder.name, "queries": len(asked), "mean": float(np.mean(r)),
-                     "deviation": float(np.std(r, ddof=1))})  # fmt: skip
-        print(rows[-1], flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
@@ -151,7 +126,6 @@ def main() -> None:
     report: dict = {"draws": arguments.draws, "bytes_an_example": size}
     scores(benchmark, index, work)
     report["against_float64"] = fidelity(benchmark, work, arguments.queries)
-    report["against_unlearning"] = against_unlearning(benchmark, index, work)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

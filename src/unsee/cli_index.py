@@ -113,12 +113,13 @@ def _index(args: argparse.Namespace) -> None:
 
 def _source_of_build(args: argparse.Namespace) -> Source:
     """Returns MODEL and DATA, with what was appended to the run before."""
-    from .runs import is_run, read_source
+    from .runs import read_source
 
     source = source_of(args)
-    if not is_run(args.out):
+    try:
+        known = read_source(args.out)
+    except ValueError:  # none yet, made in Python, or damaged: this build writes it
         return source
-    known = read_source(args.out)
     if source.absolute().data in known.further:
         return known
     return dataclasses.replace(source, further=known.further)

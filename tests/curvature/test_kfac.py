@@ -433,18 +433,6 @@ def test_a_file_that_was_cut_short_is_named(net, data, tmp_path: Path, length):
         EKFAC.load(path)
 
 
-def test_a_flipped_bit_is_seen(net, data, tmp_path: Path):
-    path = tmp_path / "some.safetensors"
-    fit(net, data)[1].save(path)
-    content = bytearray(path.read_bytes())
-    for place in (-1, -8, -17):  # the tensors are at the end
-        damaged = bytearray(content)
-        damaged[place] ^= 4
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"some\.safetensors.* is damaged .*its checksum is"):
-            EKFAC.load(path)
-
-
 def test_files_of_another_kind_are_refused(net, data, tmp_path: Path):
     path = tmp_path / "other.safetensors"
     fit(net, data)[1].save(path)

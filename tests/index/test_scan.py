@@ -6,8 +6,8 @@ from torch import Tensor
 
 from unsee.curvature.diagonal import DiagonalFisher
 from unsee.index import scan as module
-from unsee.index.components import Components
-from unsee.index.directions import DIFFERENCE_WEIGHT, Moments, directions, moments_of
+from unsee.index.components import DIFFERENCE_WEIGHT, Components
+from unsee.index.directions import Moments, directions, moments_of
 from unsee.index.factors import Layer, Storage, dequantise, quantise
 from unsee.index.scan import scan
 

@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from ..gradients import Gradients
+from .components import DIFFERENCE_WEIGHT
 from .factors import Layer
-
-DIFFERENCE_WEIGHT = 0.3
-"""Of half the difference of a direction's halves, beside their mean, when it is truncated. Only
-standard errors are made of it: it may be as much coarser."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ PRODUCT_BYTES = 100_000_000
 """What exists of products or gradients at the same time."""
 
 PASS = 16
-"""Multiplications in a matrix product that take the time of one number that is only multiplied."""
+"""Multiplications of a matrix product that are counted for one outside of it, which waits for
+memory. A guess: it only chooses between two ways to the same sums."""
 
 
 def scan(stored: Components, layers: Sequence[Layer], asked: Directions) -> Tensor:
