@@ -481,3 +481,71 @@ def test_features_are_columns_too(tiny_pipeline_dir, image_folder, tmp_path, cap
     assert 'encoders.text is "of unsee" there, but null is asked for' in capsys.readouterr().err
     assert main([*index[:-3], "--encoders", "latent"]) == 2
     assert "encoders are for the column `features`" in capsys.readouterr().err
+
+
+# -- other methods ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(built: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with a sketch of output and loss, and what two encoders see."""
+    run = Run(built.model, built.data, tmp_path_factory.mktemp("whole") / "run")
+    options = ["--columns", "sketch", "features", "--sketch-length", "128", "--sketch-measures",
+               "output_norm", "loss", "--encoders", "latent", "text"]  # fmt: skip
+    assert main([*run.index, *options]) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--method", "d-trak"], "D-TRAK"),
+        (["--method", "trak", "--ridge", "1", "--method-seed", "3"], "TRAK"),
+        (["--method", "d-trak", "--box", "0,0,8,16"], "D-TRAK"),
+    ],
+)
+def test_trak_answers_from_a_run(whole: Run, tmp_path: Path, options, name: str) -> None:
+    assert whole.attribute(tmp_path, *options) == 0
+    found = Scores.load(tmp_path / "scores.parquet")
+    assert found.method == name and found.errors is not None
+    assert len(found) == 12 and len(set(found.values)) == 12
+    assert found.settings["length"] == 128
+    assert found.settings["ridge"] == (1.0 if name == "TRAK" else 0.1)
+    assert len(list((whole.path / "curvature").glob("sketch-*-kernel-*"))) == 2  # by `unsee index`
+
+
+@pytest.mark.parametrize("encoder", ["latent", "text"])
+def test_similarity_answers_from_a_run(whole: Run, tmp_path: Path, encoder: str) -> None:
+    about = ["attribute", str(whole.path), *ASKED, "--device", "cpu", "--out", str(tmp_path)]
+    options = [] if encoder == "latent" else ["--encoder", encoder]
+    assert main([*about, "--method", "similarity", *options]) == 0
+    found = Scores.load(tmp_path / "scores.parquet")
+    assert found.method == f"similarity, {encoder}" and np.abs(found.values).max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "d-trak", "--forward"], "--forward does nothing with --method d-trak"),
+        (["--method", "trak", "--damping", "1"], "--damping does nothing with --method trak"),
+        (["--ridge", "1"], "--ridge does nothing with --method abu"),
+        (["--method", "similarity", "--ridge", "1"], "--ridge does nothing with --method simil"),
+        (["--method", "similarity"], "--query-draws does nothing with --method similarity"),
+        (["--method", "d-trak", "--ridge", "0"], "ridge = 0.0 must be positive"),
+        ([], "the index has no column of gradients"),
+    ],
+)
+def test_what_another_method_cannot_heed_is_refused(
+    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], said: str
+) -> None:
+    refused(capsys, whole.attribute(tmp_path / "out", *options), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sketch_is_for_its_column(
+    mine: Run, built: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    refused(capsys, main([*mine.index, "--sketch-length", "64"]), "add it to the columns")
+    refused(
+        capsys, built.attribute(tmp_path / "o", "--method", "trak"), "it has no column 'sketch'"
+    )

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from .draws import Draws
     from .index.fisher import fit_diagonal_fisher
     from .index.index import Index
+    from .index.sketch import Sketch
     from .methods.base import Scores
     from .methods.indexed import AbU
+    from .methods.similarity import Similarity
+    from .methods.trak import TRAK
     from .methods.unlearning import ForwardAbU, Unlearned
     from .models.base import Denoiser
     from .query import Query
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TRAK",
     "AbU",
     "Denoiser",
     "DiagonalFisher",
@@ -36,6 +40,8 @@ __all__ = [
     "Index",
     "Query",
     "Scores",
+    "Similarity",
+    "Sketch",
     "Unlearned",
     "__version__",
     "encode_dataset",
@@ -55,6 +61,9 @@ _HOMES = {
     "Index": "index.index",
     "Query": "query",
     "Scores": "methods.base",
+    "Similarity": "methods.similarity",
+    "Sketch": "index.sketch",
+    "TRAK": "methods.trak",
     "Unlearned": "methods.unlearning",
     "encode_dataset": "data.latents",
     "fit_diagonal_fisher": "index.fisher",

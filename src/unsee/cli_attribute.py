@@ -19,6 +19,8 @@ from .cli_arguments import (
 from .cli_index import add_run_options, print_top
 
 if TYPE_CHECKING:
+    from .index.index import Index
+    from .methods.base import Attributor
     from .models.base import Denoiser
     from .query import Query
 
@@ -27,9 +29,18 @@ OF_MODEL_AND_DATA = (
     "work", "draws", "step_size", "steps", "flips", "batch_size", "parameters", "lora", "dtype",
     "skip_bad",
 )  # fmt: skip
-OF_RUN = ("curvature", "use_columns", "forward", "shortlist")
+OF_RUN = ("method", "curvature", "use_columns", "forward", "shortlist", "ridge", "encoder")
 OF_FORWARD = ("rise", "shortlist")
 """Of a run, only where it really unlearns."""
+OF_METHOD = {
+    "abu": ("curvature", "use_columns", "forward", "shortlist", "rise", "damping"),
+    "trak": ("ridge",),
+    "d-trak": ("ridge",),
+    "similarity": ("encoder",),
+}
+"""Of a run, by method; the options of others do nothing."""
+OF_DRAWS = ("query_draws", "method_seed")
+"""What similarity has no use for."""
 
 
 def add_attribute(commands: argparse._SubParsersAction) -> None:
@@ -57,13 +68,10 @@ def add_attribute(commands: argparse._SubParsersAction) -> None:
     )
     add_method_options(command)
     add_run_options(command)
-    command.add_argument("--forward", action="store_true", help="with a RUN: really unlearn the "
-                         "picture, and score the best of the first order by it")  # fmt: skip
-    command.add_argument("--shortlist", type=positive, default=200, help="how many of them")
     # None says that an option was not given: one that would do nothing is refused.
     ordinary = {
         name: command.get_default(name)
-        for name in (*OF_GENERATION, *OF_MODEL_AND_DATA, *OF_RUN, *OF_FORWARD)
+        for name in (*OF_GENERATION, *OF_MODEL_AND_DATA, *OF_RUN, *OF_FORWARD, "damping", *OF_DRAWS)
     }
     command.set_defaults(run=_attribute, ordinary=ordinary, **dict.fromkeys(ordinary))
 
@@ -112,6 +120,11 @@ def _check(args: argparse.Namespace) -> None:
             )
         refuse(OF_MODEL_AND_DATA, "does nothing with a run, which `unsee index` has settled: "
                "leave it out, or give MODEL and DATA")  # fmt: skip
+        method = args.method or "abu"
+        others = [n for names in OF_METHOD.values() for n in names if n not in OF_METHOD[method]]
+        refuse(others, f"does nothing with --method {method}: leave it out")
+        if method == "similarity":
+            refuse(OF_DRAWS, f"does nothing with --method {method}: leave it out")
         if not args.forward:
             refuse(OF_FORWARD, "needs --forward: the first order unlearns nothing, and scores all")
         elif args.curvature == "identity":
@@ -141,8 +154,6 @@ def _from_model(args: argparse.Namespace) -> tuple:
 
 
 def _from_run(args: argparse.Namespace) -> tuple:
-    from .draws import Draws
-    from .methods.indexed import AbU
     from .report import write_report
     from .runs import open_run
 
@@ -150,14 +161,27 @@ def _from_run(args: argparse.Namespace) -> tuple:
     quiet_loading()
     index, data = open_run(Path(args.model), args.device)
     query = _query(args, index.model, opened)
-    length = index.model.num_train_timesteps
-    method = AbU(
-        index, args.curvature, args.damping, args.use_columns, args.rise,
-        Draws(args.method_seed + 1, args.query_draws, num_train_timesteps=length),
-        forward=args.forward, shortlist=args.shortlist,
-    )  # fmt: skip
-    scores = method.attribute(query)
+    scores = _method(args, index).attribute(query)
     return scores, write_report(scores, data, args.out, top=args.top), data
+
+
+def _method(args: argparse.Namespace, index: Index) -> Attributor:
+    """Returns the method that is asked for, on an index."""
+    from .draws import Draws
+    from .methods.indexed import AbU
+    from .methods.similarity import Similarity
+    from .methods.trak import TRAK
+
+    if args.method == "similarity":
+        return Similarity(index, args.encoder)
+    length = index.model.num_train_timesteps
+    draws = Draws(args.method_seed + 1, args.query_draws, num_train_timesteps=length)
+    if args.method == "abu":
+        return AbU(
+            index, args.curvature, args.damping, args.use_columns, args.rise, draws,
+            forward=args.forward, shortlist=args.shortlist,
+        )  # fmt: skip
+    return TRAK(index, "loss" if args.method == "trak" else "output_norm", args.ridge, draws)
 
 
 def _picture(args: argparse.Namespace):  # noqa: ANN202 - PIL is not imported for the parser

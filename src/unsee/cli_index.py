@@ -21,6 +21,7 @@ from .cli_arguments import (
 if TYPE_CHECKING:
     from .data.dataset import ImageDataset
     from .index.index import Index
+    from .index.sketch import Sketch
     from .methods.base import Scores
     from .runs import Source
 
@@ -36,7 +37,7 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="its folder")
     command.add_argument("--columns", nargs="+", default=["loss", "factors", "outputs"],
-                         help="what to keep: loss, factors, outputs, features")  # fmt: skip
+                         help="what to keep: loss, factors, outputs, sketch, features")  # fmt: skip
     command.add_argument("--encoders", nargs="+", default=[], metavar="ENCODER",
                          help="of the features: latent, text, pixel, or the folder of a vision "
                          "model of transformers (default: latent text)")  # fmt: skip
@@ -45,6 +46,13 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--tolerance", type=float, default=3e-4, metavar="SHARE",
                          help="of a squared gradient that may be left out to keep it small; 0 for "
                          "none (default: 0.0003)")  # fmt: skip
+    command.add_argument("--sketch-parameters", metavar="PARAMETERS",
+                         help="of the sketch: a preset or a pattern (default: all)")  # fmt: skip
+    command.add_argument("--sketch-length", type=positive, metavar="N",
+                         help="numbers in a row of the sketch (default: 16384)")  # fmt: skip
+    command.add_argument("--sketch-measures", nargs="+", choices=("loss", "output_norm"),
+                         help="what the sketch differentiates: loss is TRAK's, output_norm "
+                         "D-TRAK's (default: output_norm)")  # fmt: skip
     command.add_argument("--flips", action="store_true", help="also index mirrored pictures")
     command.add_argument("--shard-size", type=positive, default=64, help="examples in a file")
     command.add_argument("--method-seed", type=int, default=0, help="of timesteps and noise")
@@ -71,14 +79,25 @@ def add_index(commands: argparse._SubParsersAction) -> None:
 def add_run_options(command: argparse.ArgumentParser) -> None:
     """Adds the options of attribution from an index."""
     group = command.add_argument_group("with a RUN")
+    group.add_argument("--method", default="abu", choices=("abu", "trak", "d-trak", "similarity"),
+                       help="abu needs the columns factors or outputs, trak and d-trak a sketch of "
+                       "the loss or the output, similarity features (default: abu)")  # fmt: skip
     group.add_argument("--curvature", default="ekfac", choices=CURVATURES)
     group.add_argument("--use-columns", nargs="+", metavar="COLUMN",
                        help="factors, outputs or both (default: what the run has)")  # fmt: skip
+    group.add_argument("--forward", action="store_true", help="really unlearn the picture, and "
+                       "score the best of the first order by it")  # fmt: skip
+    group.add_argument("--shortlist", type=positive, default=200, help="how many of them")
+    group.add_argument("--ridge", type=float, default=0.1, help="of trak and d-trak, relative to "
+                       "the mean squared gradient (default: 0.1)")  # fmt: skip
+    group.add_argument("--encoder", default="latent", help="of similarity: latent, text, pixel, "
+                       "or the folder of a vision model of the run (default: latent)")  # fmt: skip
 
 
 def _index(args: argparse.Namespace) -> None:
     from .draws import Draws
-    from .index.index import Index, describe_index
+    from .index.describe import describe_index
+    from .index.index import Index
     from .runs import append, is_run, open_model, write_source
 
     if args.append and args.delete:
@@ -101,7 +120,7 @@ def _index(args: argparse.Namespace) -> None:
         index = Index.build(
             args.out, model, data, args.columns, encoders=args.encoders,
             draws=Draws(args.method_seed, args.draws, num_train_timesteps=length),
-            storage=args.storage, tolerance=args.tolerance, flips=args.flips,
+            storage=args.storage, tolerance=args.tolerance, sketch=_sketch(args), flips=args.flips,
             shard_size=args.shard_size, batch_size=args.batch_size,
             on_error="skip" if args.skip_bad else "raise",
         )  # fmt: skip
@@ -109,6 +128,16 @@ def _index(args: argparse.Namespace) -> None:
         _fit(index)
     for line in describe_index(args.out):
         print(line)
+
+
+def _sketch(args: argparse.Namespace) -> Sketch | None:
+    """Returns what the options say of a sketch; None where they say nothing."""
+    from .index.sketch import Sketch
+
+    said = {"length": args.sketch_length, "parameters": args.sketch_parameters,
+            "measures": tuple(args.sketch_measures) if args.sketch_measures else None}  # fmt: skip
+    given = {name: value for name, value in said.items() if value is not None}
+    return Sketch(**given) if given else None
 
 
 def _source_of_build(args: argparse.Namespace) -> Source:
@@ -126,10 +155,12 @@ def _source_of_build(args: argparse.Namespace) -> Source:
 
 
 def _fit(index: Index) -> None:
-    """Fits the curvature that answers use by default."""
+    """Fits the curvature, and the kernel of a sketch, that answers use by default."""
     for column in ("factors", "outputs"):
         if column in index.columns:
             index.curvature("ekfac", column)
+    for measure in index.manifest.settings.get("sketch", {}).get("measures", ()):
+        index.kernel(measure)
 
 
 def _influence(args: argparse.Namespace) -> None:

@@ -17,8 +17,8 @@ from . import __version__
 from .data.dataset import ImageDataset
 from .data.latents import EncodedDataset, encode_dataset
 from .draws import Draws
+from .index.describe import describe_index
 from .index.fisher import fit_diagonal_fisher
-from .index.index import describe_index
 from .methods.base import Scores
 from .methods.forward import forward_losses, noise_floor
 from .models.base import Denoiser

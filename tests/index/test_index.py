@@ -12,7 +12,8 @@ from tests.methods.conftest import examples
 from unsee.curvature.kfac import EKFAC
 from unsee.data.dataset import load_dataset
 from unsee.draws import Draws
-from unsee.index.index import Index, describe_index
+from unsee.index.describe import describe_index
+from unsee.index.index import Index
 from unsee.index.layout import read_manifest, shard_path
 from unsee.methods.base import Scores
 from unsee.methods.indexed import AbU

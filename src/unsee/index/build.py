@@ -31,12 +31,14 @@ from .features import (
     reload_encoders,
 )
 from .layout import Manifest, Part, Shard, read_shard, shard_path, write_shard
+from .sketch import Sketch, Sketcher, quantise_rows, sketch_settings
 
 COLUMNS: dict[str, str] = {
     "examples": "ids, latents and text states",
     "loss": "training loss of each view and draw: what forward re-evaluation compares with",
     "factors": "gradients of the loss: influence functions and AbU to first order",
     "outputs": "gradients of the output's norm (D-TRAK's): the output half of the default score",
+    "sketch": "gradients in any parameters, projected at random: TRAK and D-TRAK",
     "features": "what encoders see of a picture or caption: similarity",
 }
 """What a column holds and what it can answer."""
@@ -52,7 +54,7 @@ Indexed = ImageDataset | EncodedExamples
 
 def settings_of(
     model: Denoiser, draws: Draws, columns: Sequence[str], storage: Storage, shard_size: int,
-    flips: bool, on_error: OnError, encoders: Encoders, tolerance: float,
+    flips: bool, on_error: OnError, encoders: Encoders, tolerance: float, sketch: Sketch | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns what fixes the numbers of an index, for its manifest.
 
@@ -73,21 +75,26 @@ def settings_of(
         raise ValueError(f"index: tolerance = {tolerance} is no share of 1; 0.001 is a thousandth")
     if encoders and "features" not in columns:
         raise ValueError("index: encoders are for the column `features`: add it to the columns")
+    if sketch is not None and "sketch" not in columns:
+        raise ValueError("index: a sketch is for the column `sketch`: add it to the columns")
     parameter = next(iter(model.parameters.values()))
+    factors = [c for c in columns if c in MEASURES]
     return {
         # The fingerprint differs with the dtype too: the dtype, which says more, comes first.
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "model": model.fingerprint(),
         "prediction_type": model.prediction_type,
-        "layers": [dataclasses.asdict(layer) for layer in text_layers(model)],
+        "columns": [c for c in COLUMNS if c == "examples" or c in columns],
+        # Other columns ask nothing of the selection.
+        "layers": [dataclasses.asdict(la) for la in text_layers(model)] if factors else [],
         "draws": dataclasses.asdict(draws),
         "views": 2 if flips else 1,
-        "columns": [c for c in COLUMNS if c == "examples" or c in columns],
         "storage": storage,
         "tolerance": tolerance,
         "shard_size": shard_size,
         "on_error": on_error,
         **({"encoders": encoder_settings(encoders)} if encoders else {}),
+        **({"sketch": sketch_settings(model, sketch or Sketch())} if "sketch" in columns else {}),
     }
 
 
@@ -184,17 +191,19 @@ def fill(
         ValueError: a picture that cannot be read, a loss that is not finite, a damaged shard.
     """
     todo = [s for s in manifest.shards if s.part == part]
+    about = manifest.settings.get("sketch")
+    sketcher = Sketcher(model, Sketch.of(about)) if about else None
     bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
                disable=None, file=sys.stderr)  # fmt: skip
     for shard in todo:
-        _fill_shard(path, manifest, model, data, shard, batch_size, encoders)
+        _fill_shard(path, manifest, model, data, shard, batch_size, encoders, sketcher)
         bar.update(shard.last - shard.first)
     bar.close()
 
 
 def _fill_shard(
     path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard, batch_size: int,
-    encoders: Encoders,
+    encoders: Encoders, sketcher: Sketcher | None,
 ) -> None:  # fmt: skip
     columns = [c for c in manifest.settings["columns"] if not shard_path(path, c, shard).is_file()]
     if not columns:
@@ -210,7 +219,10 @@ def _fill_shard(
         pictures = data if isinstance(data, ImageDataset) else None
         rows = example_features(model, encoders, encoded, pictures)
         write_shard(path, manifest, "features", shard, rows)
-    columns = [c for c in columns if c not in ("examples", "features")]
+    if "sketch" in columns and sketcher is not None:
+        rows = _sketches(manifest, encoded, sketcher, batch_size)
+        write_shard(path, manifest, "sketch", shard, rows)
+    columns = [c for c in columns if c not in ("examples", "features", "sketch")]
     if not columns:
         return
     for column, tensors in _columns(model, manifest, encoded, columns, batch_size).items():
@@ -306,6 +318,21 @@ def _columns(
             torch.stack(views), text, encoded.caption_counts, layers,
             manifest.settings["tolerance"], manifest.settings["storage"],
         ).tensors  # fmt: skip
+    return tensors
+
+
+def _sketches(
+    manifest: Manifest, encoded: EncodedDataset, sketcher: Sketcher, batch_size: int
+) -> dict[str, Tensor]:
+    """Returns rows [n, views, 2, length] and scales [n, views, 2] for each measure."""
+    draws = draws_of(manifest)
+    views = [sketcher.examples(encoded, draws, flipped, batch_size)
+             for flipped in (False, True)[: manifest.settings["views"]]]  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    for measure in sketcher.sketch.measures:
+        rows = torch.stack([view[measure] for view in views], dim=1)
+        stored = quantise_rows(rows, manifest.settings["storage"])
+        tensors |= {measure: stored.values, f"{measure}.scales": stored.scales}
     return tensors
 
 

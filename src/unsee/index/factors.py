@@ -144,10 +144,10 @@ def example_factors(
     with recorded(modules) as tape:  # type: ignore[arg-type]
         outputs, targets = model.predict(*rows)
     seen = [tape[path][0][1] for path in paths]
-    losses = _mean_square(outputs - targets, mask)  # [2B, D/2]
+    losses = mean_square(outputs - targets, mask)  # [2B, D/2]
     found: dict[Measure, Tensor] = {}
     for number, measure in enumerate(measures):
-        values = losses if measure == "loss" else _mean_square(outputs, mask)
+        values = losses if measure == "loss" else mean_square(outputs, mask)
         # With respect to the layers' outputs: the gradient of the weights is never formed.
         got = torch.autograd.grad(
             values.mean(1).sum(), seen, retain_graph=number + 1 < len(measures)
@@ -159,7 +159,7 @@ def example_factors(
     return in_order, found
 
 
-def _mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
+def mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
     """Returns [B, D] of values [B, D, C, h, w]."""
     squares = values.square()
     if mask is None:

@@ -25,6 +25,7 @@ from .scan import at_once
 
 if TYPE_CHECKING:
     from .index import Index
+    from .layout import Shard
 
 CurvatureName = Literal["ekfac", "kfac", "diagonal", "diagonal_per_draw", "identity"]
 
@@ -56,6 +57,14 @@ def fit_curvature(index: Index, name: CurvatureName, column: str) -> DiagonalFis
                  sample.about)  # fmt: skip
 
 
+def spread(index: Index, examples: int) -> list[Shard]:
+    """Returns shards of about so many examples, spread over the index; all if it has no more."""
+    shards = list(index.shards())
+    count = min(len(shards), -(-examples // index.manifest.settings["shard_size"]))
+    places = np.unique(np.linspace(0, len(shards) - 1, count).round().astype(int))
+    return [shards[p] for p in places]
+
+
 class Sample:
     """Stored gradients of some shards, spread over the index, as factors of single layers.
 
@@ -67,12 +76,8 @@ class Sample:
     """
 
     def __init__(self, index: Index, column: str) -> None:
-        shards = list(index.shards())
-        size = index.manifest.settings["shard_size"]
-        count = min(len(shards), -(-FIT_EXAMPLES // size))
-        places = np.unique(np.linspace(0, len(shards) - 1, count).round().astype(int))
         self._index, self._column = index, column
-        self.shards = [shards[p] for p in places]
+        self.shards = spread(index, FIT_EXAMPLES)
         self.layers = index.layers
         self.weights = layer_inputs(index.model, index.layers)
         self.examples = sum(len(index.examples(s).ids) for s in self.shards)

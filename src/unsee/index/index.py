@@ -18,7 +18,7 @@ from ..data.latents import EncodedDataset
 from ..draws import Draws
 from ..models.base import Denoiser
 from .build import (
-    COLUMNS,
+    MEASURES,
     Indexed,
     draws_of,
     environment_of,
@@ -33,9 +33,10 @@ from .build import (
     unpack_examples,
 )
 from .components import Components
-from .factors import Layer, Storage
+from .factors import Layer, Measure, Quantised, Storage
 from .features import Encoders
 from .fit import CurvatureName, fit_curvature
+from .kernel import SketchKernel, fit_kernel
 from .layout import (
     Manifest,
     Shard,
@@ -49,6 +50,7 @@ from .layout import (
     write_shard,
     writing,
 )
+from .sketch import Sketch
 from .table import finished, read_ids, write_table
 
 DEFAULT_COLUMNS = ("loss", "factors", "outputs")
@@ -97,6 +99,7 @@ class Index:
         draws: Draws | None = None,
         storage: Storage = "int8",
         tolerance: float = 3e-4,
+        sketch: Sketch | None = None,
         flips: bool = False,
         shard_size: int = 64,
         batch_size: int = 64,
@@ -112,9 +115,10 @@ class Index:
             columns: what to keep, see `unsee.index.build.COLUMNS`.
             encoders: of the column `features`, see `load_encoders`; `latent` and `text` by default.
             draws: timesteps and noise of the training examples; 16 by default, always even.
-            storage: of the factors.
+            storage: of factors and sketches.
             tolerance: share of an example's squared gradient that may be left out to keep it
                 small, see `unsee.index.components`; 0 for none.
+            sketch: of the column `sketch`; `Sketch()` by default.
             flips: also indexes mirrored pictures; the larger score of the two counts.
             shard_size: examples in a file; what a killed build loses at most.
             batch_size: passes at once.
@@ -128,7 +132,7 @@ class Index:
         draws = draws or Draws(0, 16, num_train_timesteps=model.num_train_timesteps)
         seen_by = open_encoders(encoders, columns, model, data)
         settings = settings_of(
-            model, draws, columns, storage, shard_size, flips, on_error, seen_by, tolerance
+            model, draws, columns, storage, shard_size, flips, on_error, seen_by, tolerance, sketch
         )
         part = part_of(data)
         if (path / "manifest.json").is_file():
@@ -163,7 +167,7 @@ class Index:
         manifest.check({**manifest.settings, **about}, path)
         names = [layer["name"] for layer in manifest.settings["layers"]]
         for here, asked in itertools.zip_longest(names, model.parameters):
-            if here != asked:
+            if names and here != asked:
                 raise ValueError(
                     f"index {str(path)!r}: it is of {len(names)} parameters, the model has "
                     f"{len(model.parameters)} selected; the first that differs is {here} there, "
@@ -267,8 +271,8 @@ class Index:
         for column in self.manifest.settings["columns"][1:]:
             tensors, _ = self._column(column, shard)
             part = (
-                {n: t[keep] for n, t in tensors.items()} if column in ("loss", "features")
-                else Components.of(tensors).select(keep).tensors
+                Components.of(tensors).select(keep).tensors if column in MEASURES
+                else {n: t[keep] for n, t in tensors.items()}
             )  # fmt: skip
             write_shard(self.path, self.manifest, column, new, part)
 
@@ -326,6 +330,21 @@ class Index:
             )
         return rows[encoder]
 
+    def sketches(self, measure: Measure, shard: Shard) -> Quantised:
+        """Returns a shard's sketched gradients [n, views, 2, length] as stored, one scale a row.
+
+        Raises:
+            ValueError: the index does not have the column, or not of this measure.
+        """
+        self._check_column("sketch")
+        found = self._column("sketch", shard)[0]
+        if measure not in found:
+            raise ValueError(
+                f"index {str(self.path)!r}: its sketch is not of the measure {measure!r}, only of "
+                f"{', '.join(self.manifest.settings['sketch']['measures'])}"
+            )
+        return Quantised(found[measure], found[f"{measure}.scales"])
+
     def _check_column(self, column: str) -> None:
         if column not in self.columns:
             raise ValueError(
@@ -341,8 +360,11 @@ class Index:
             return self._memory[key]
         found = read_shard(self.path, self.manifest, column, shard)
         self._memory[key] = found
-        while len(self._memory) > 1 and _size(self._memory) > MEMORY_BYTES:
+        kept = [tensors for tensors, _ in self._memory.values()]
+        sizes = [sum(t.nbytes for t in tensors.values()) for tensors in kept]
+        while len(self._memory) > 1 and sum(sizes) > MEMORY_BYTES:
             self._memory.pop(next(iter(self._memory)))
+            sizes.pop(0)
         return found
 
     def curvature(
@@ -366,34 +388,12 @@ class Index:
             fitted.save(path)
         return fitted
 
-
-def _size(memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]]) -> int:
-    return sum(t.nbytes for tensors, _ in memory.values() for t in tensors.values())
-
-
-def describe_index(path: Path) -> list[str]:
-    """Returns lines for a person: what is done, how large it is, and what it can answer.
-
-    Raises:
-        ValueError: no index there.
-    """
-    manifest = read_manifest(path)
-    settings, total = manifest.settings, len(manifest.shards)
-    ids = read_ids(path, manifest)
-    planned = sum(p.count for p in manifest.parts) - len(manifest.deleted)
-    examples = planned if ids is None else len(ids)  # unreadable pictures may be left out
-    lines = [
-        f"index of {', '.join(p.name for p in manifest.parts)}: {examples} examples, "
-        f"{len(manifest.deleted)} deleted",
-        f"model {settings['model']}, {len(settings['layers'])} layers, "
-        f"{settings['draws']['n']} draws, {settings['views']} views, stored as "
-        f"{settings['storage']}" + "".join(f", encoder {e}" for e in settings.get("encoders", ())),
-    ]
-    for column in settings["columns"]:
-        files = [f for s in manifest.shards if (f := shard_path(path, column, s)).is_file()]
-        size = sum(f.stat().st_size for f in files)
-        lines.append(
-            f"{column}: {len(files)} of {total} shards, {size / 1e6:.1f} MB, "
-            f"{size / max(examples, 1) / 1e3:.1f} kB an example; {COLUMNS[column]}"
-        )
-    return lines
+    def kernel(self, measure: Measure) -> SketchKernel:
+        """Returns the kernel of the sketched gradients, fitted once and kept in the index."""
+        path = curvature_path(self.path, self.manifest, f"sketch-{measure}-kernel")
+        if path.is_file():
+            return SketchKernel.load(path)
+        fitted = fit_kernel(self, measure)
+        with writing(self.path):
+            fitted.save(path)
+        return fitted

@@ -20,6 +20,7 @@ from ..index.factors import Measure, example_factors
 from ..index.fit import CurvatureName, layer_inputs
 from ..index.index import Index
 from ..index.scan import scan
+from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
@@ -90,14 +91,7 @@ class AbU:
     shortlist: int = 200
 
     def __post_init__(self) -> None:
-        draws, length = self.used_query_draws, self.index.model.num_train_timesteps
-        if draws.n % HALVES:
-            raise ValueError(f"query_draws: {draws.n} draws do not make two halves")
-        if draws.num_train_timesteps != length:
-            raise ValueError(
-                f"query_draws: they are of {draws.num_train_timesteps} timesteps, the model has "
-                f"{length}; use Draws(..., num_train_timesteps={length})"
-            )
+        check_query_draws(self.used_query_draws, self.index.model)
         if not self.rise > 0:
             raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
         for column in self.used_columns:
@@ -228,6 +222,22 @@ class AbU:
         found = torch.cat(parts, dim=1).transpose(0, 1).numpy()  # [N, views, 2, 2Q]
         shape = *found.shape[:3], asked.count // HALVES, HALVES
         return found.reshape(shape).transpose(0, 1, 3, 2, 4)
+
+
+def check_query_draws(draws: Draws, model: Denoiser) -> None:
+    """Refuses draws that do not make two halves, or are of another schedule.
+
+    Raises:
+        ValueError: they do not, or are.
+    """
+    length = model.num_train_timesteps
+    if draws.n % HALVES:
+        raise ValueError(f"query_draws: {draws.n} draws do not make two halves")
+    if draws.num_train_timesteps != length:
+        raise ValueError(
+            f"query_draws: they are of {draws.num_train_timesteps} timesteps, the model has "
+            f"{length}; use Draws(..., num_train_timesteps={length})"
+        )
 
 
 def _batches(index: Index, column: str) -> Iterator[Components]:

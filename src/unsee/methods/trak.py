@@ -1,10 +1,145 @@
-"""TRAK and D-TRAK with the exact kernel: no projection, where the examples are few enough."""
+"""TRAK and D-TRAK: from the sketches of an index, or with the exact kernel of few examples."""
 
 from __future__ import annotations
 
-import numpy as np
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+import torch
+
+from ..draws import Draws
+from ..index.factors import HALVES, Measure
+from ..index.index import Index
+from ..index.kernel import sample_rows
+from ..index.rows import scan_rows
+from ..index.sketch import Sketch, Sketcher
+from ..models.kernels import exact_kernels
+from ..query import Query
+from .base import Scores
 from .example_gradients import GradientMatrix
+from .indexed import check_query_draws, rows_of, with_errors
+
+NAMES: dict[Measure, str] = {"loss": "TRAK", "output_norm": "D-TRAK"}
+
+
+@dataclass(frozen=True)
+class TRAK:
+    """TRAK, or D-TRAK, from the column `sketch` of an index.
+
+    The score of an example with the projected gradient ψ is ψ(ΦᵀΦ + λI)⁻¹φ, with φ the query's and
+    Φ all examples' ("TRAK", Park et al., ICML 2023). D-TRAK differentiates the mean square of the
+    output instead of the loss (Zheng et al., ICLR 2024). Both know every gradient twice, from even
+    and from odd draws: what the halves disagree about is a score's standard error.
+
+    Attributes:
+        index: of the training data, with the column `sketch`.
+        measure: `output_norm` (D-TRAK) or `loss` (TRAK); by default the index's first.
+        ridge: λ, relative to the mean squared length of the examples' rows.
+        query_draws: timesteps and noise of the query, even in number, independent of the
+            examples'; 64 of seed 1 by default.
+        batch_size: draws of the query at once.
+    """
+
+    index: Index
+    measure: Measure | None = None
+    ridge: float = 0.1
+    query_draws: Draws | None = None
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        about = self.index.manifest.settings.get("sketch")
+        if about is None:
+            raise ValueError(
+                f"index {str(self.index.path)!r}: it has no column 'sketch', only "
+                f"{', '.join(self.index.columns)}; build another with it"
+            )
+        if self.used_measure not in about["measures"]:
+            raise ValueError(
+                f"index {str(self.index.path)!r}: its sketch is not of the measure "
+                f"{self.measure!r}, only of {', '.join(about['measures'])}"
+            )
+        if not self.ridge > 0:
+            raise ValueError(f"trak: ridge = {self.ridge} must be positive")
+        check_query_draws(self.used_query_draws, self.index.model)
+
+    @property
+    def used_measure(self) -> Measure:
+        """What is differentiated."""
+        return self.measure or self.index.manifest.settings["sketch"]["measures"][0]
+
+    @property
+    def used_query_draws(self) -> Draws:
+        """Timesteps and noise of the query."""
+        length = self.index.model.num_train_timesteps
+        return self.query_draws or Draws(seed=1, n=64, num_train_timesteps=length)
+
+    @cached_property
+    def _sketcher(self) -> Sketcher:
+        return Sketcher(self.index.model, Sketch.of(self.index.manifest.settings["sketch"]))
+
+    def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
+        """Scores every example, or the candidates; see `attribute_many`."""
+        return self.attribute_many([query], candidates)[0]
+
+    @exact_kernels()
+    def attribute_many(
+        self, queries: Sequence[Query], candidates: Sequence[str] | None = None
+    ) -> list[Scores]:
+        """Scores several queries in one pass over the index.
+
+        Returns:
+            For each query, scores in the order of `index.ids` or of the candidates, with standard
+            errors; of mirrored views, the larger.
+
+        Raises:
+            ValueError: there is no query, an unknown candidate, or a query whose gradient is not
+                finite.
+        """
+        if not queries:
+            raise ValueError("there is no query")
+        chosen = rows_of(self.index.ids, candidates)
+        index, measure, started = self.index, self.used_measure, time.monotonic()
+        sketch = self._sketcher.sketch
+        asked = [self._sketcher.query(q, self.used_query_draws, self.batch_size) for q in queries]
+        differentiated = time.monotonic()
+        kernel = index.kernel(measure)
+        sample = [s for s in index.shards() if s.name in set(kernel.shards)]
+        rows = list(sample_rows(index, measure, sample))
+        directions = kernel.precondition(
+            rows, torch.cat([found[measure] for _, found in asked]), self.ridge
+        )
+        solved = time.monotonic()
+        products = self._products(directions, len(queries))
+        about = {
+            "measure": measure, "ridge": self.ridge, "length": sketch.length,
+            "parameters": sketch.parameters, "query_draws": repr(self.used_query_draws),
+            "index": str(index.path), "draws": repr(index.draws),
+            "seconds": {"query's gradient": differentiated - started,
+                        "kernel": solved - differentiated, "scan": time.monotonic() - solved},
+        }  # fmt: skip
+        found = []
+        for i, query in enumerate(queries):
+            values, errors = (a[chosen] for a in with_errors(products[:, :, i]))
+            ids = [index.ids[row] for row in chosen]
+            settings = {**about, "box": query.box, "loss_of_query": asked[i][0]}
+            found.append(Scores(ids, values, NAMES[measure], settings, query, errors))
+        return found
+
+    def _products(self, directions: torch.Tensor, queries: int) -> np.ndarray:
+        """Returns products [N, views, Q, 2, 2] (halves of example, of query)."""
+        asked = directions.float().to(self.index.model.device)
+        parts = []
+        for shard in self.index.shards():
+            stored = self.index.sketches(self.used_measure, shard)
+            found = scan_rows(stored.values.flatten(0, 2), asked).cpu().double()
+            parts.append((found * stored.scales.flatten()[:, None]).unflatten(
+                0, stored.scales.shape))  # fmt: skip
+        views = self.index.manifest.settings["views"]
+        shape = -1, views, HALVES, queries, HALVES
+        return torch.cat(parts).numpy().reshape(shape).transpose(0, 1, 3, 2, 4)
 
 
 def trak_scores(

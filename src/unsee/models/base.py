@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ..query import Query, box_mask, check_box
+from ..selection import select_parameters
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,6 +29,7 @@ class Denoiser(ABC):
         prediction_type: what the network predicts.
         num_train_timesteps: length of the training schedule.
         pipeline: the pipeline it came from; None for a bare network.
+        presets: name -> patterns of parameters, of the architecture.
     """
 
     network: nn.Module
@@ -34,6 +37,7 @@ class Denoiser(ABC):
     prediction_type: str
     num_train_timesteps: int
     pipeline: Any | None
+    presets: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @classmethod
     def from_pipeline(
@@ -54,6 +58,21 @@ class Denoiser(ABC):
         from .unet import UNetDenoiser
 
         return UNetDenoiser.from_pipeline(pipeline, parameters)
+
+    def selecting(self, parameters: str | Sequence[str]) -> Self:
+        """Returns the same model, network and all, with other parameters selected.
+
+        Args:
+            parameters: a preset or fnmatch patterns of parameter names.
+
+        Raises:
+            ValueError: the selection matches nothing.
+        """
+        named = dict(self.network.named_parameters())
+        other = copy.copy(self)
+        names = select_parameters(named, parameters, self.presets)
+        other.parameters = {name: named[name] for name in names}
+        return other
 
     @property
     def device(self) -> torch.device:

@@ -42,6 +42,7 @@ class UNetDenoiser(Denoiser):
     """
 
     network: UNet2DConditionModel
+    presets = PRESETS
 
     def __init__(
         self,
