@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import unsee.index.columns as column_module
 import unsee.index.index as module
 from tests.methods.conftest import examples
 from unsee.curvature.kfac import EKFAC
@@ -110,6 +111,29 @@ def test_the_first_data_set_can_be_built_again_after_an_addition(index, model, d
     before = contents(index.path)
     again = build_index(index.path, model, data, storage="float32")
     assert again.ids == grown.ids and contents(index.path) == before
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def test_what_was_read_before_is_not_read_again(index: Index, query, monkeypatch) -> None:
+    expected = scores(index, query).values
+    fresh = Index.open(index.path, index.model)
+    fresh.warm(["factors"])
+    for file in (index.path / "columns" / "factors").iterdir():
+        file.unlink()
+    np.testing.assert_array_equal(scores(fresh, query).values, expected)
+    with pytest.raises(ValueError, match="it has no column 'features'"):
+        fresh.warm(["features"])
+
+
+def test_only_what_has_room_is_read_before(index: Index, monkeypatch) -> None:
+    first, second, _ = (shard_path(index.path, "factors", s) for s in index.shards())
+    monkeypatch.setattr(column_module, "MEMORY_BYTES", first.stat().st_size + 10)
+    second.write_bytes(bytes(second.stat().st_size))  # it would be refused
+    index.warm(["factors"])
+    with pytest.raises(ValueError, match="is damaged"):
+        index.components("factors", list(index.shards())[1])
 
 
 # -- erasing -----------------------------------------------------------------------------------

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor
 
 from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC
 from ..data.dataset import OnError
-from ..data.latents import EncodedDataset
 from ..draws import Draws
 from ..models.base import Denoiser
 from .build import (
@@ -30,10 +28,10 @@ from .build import (
     plan_shards,
     reopen_encoders,
     settings_of,
-    unpack_examples,
 )
+from .columns import Columns
 from .components import Components
-from .factors import Layer, Measure, Quantised, Storage
+from .factors import Layer, Measure, Storage
 from .features import Encoders
 from .fit import CurvatureName, fit_curvature
 from .kernel import SketchKernel, fit_kernel
@@ -43,9 +41,7 @@ from .layout import (
     curvature_path,
     missing_shards,
     read_manifest,
-    read_shard,
     remove_others,
-    shard_path,
     write_manifest,
     write_shard,
     writing,
@@ -54,11 +50,9 @@ from .sketch import Sketch
 from .table import finished, read_ids, write_table
 
 DEFAULT_COLUMNS = ("loss", "factors", "outputs")
-MEMORY_BYTES = 500_000_000
-"""Of shards that are kept after they were read."""
 
 
-class Index:
+class Index(Columns):
     """What one pass over the training data has left behind for every later question.
 
     Made by `Index.build` or `Index.open`.
@@ -73,7 +67,8 @@ class Index:
     """
 
     def __init__(self, path: Path, model: Denoiser, manifest: Manifest) -> None:
-        self.path, self.model, self.manifest = path, model, manifest
+        super().__init__(path, manifest)
+        self.model = model
         self.layers: list[Layer] = layers_of(manifest)
         self.draws: Draws = draws_of(manifest)
         ids = read_ids(path, manifest)
@@ -83,7 +78,6 @@ class Index:
                 "`unsee index`, or `append` with the same examples, again to finish it"
             )
         self.ids: list[str] = ids
-        self._memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     # -- making -----------------------------------------------------------------------------
 
@@ -276,96 +270,7 @@ class Index:
             )  # fmt: skip
             write_shard(self.path, self.manifest, column, new, part)
 
-    # -- reading ----------------------------------------------------------------------------
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns."""
-        return list(self.manifest.settings["columns"])
-
-    @property
-    def nbytes(self) -> dict[str, int]:
-        """Column -> bytes of its files."""
-        return {
-            c: sum(shard_path(self.path, c, s).stat().st_size for s in self.manifest.shards)
-            for c in self.columns
-        }
-
-    def shards(self) -> Iterator[Shard]:
-        """Iterates over the shards, in the order of `ids`."""
-        return iter(self.manifest.shards)
-
-    def examples(self, shard: Shard) -> EncodedDataset:
-        """Returns the encoded examples of a shard."""
-        return unpack_examples(*self._column("examples", shard))
-
-    def text(self, shard: Shard) -> Tensor:
-        """Returns the text states [captions, T, width] float32 of a shard's examples."""
-        return self._column("examples", shard)[0]["text"]
-
-    def losses(self, shard: Shard) -> Tensor:
-        """Returns the losses [n, views, draws] float64 of a shard's examples."""
-        return self._column("loss", shard)[0]["values"]
-
-    def components(self, column: str, shard: Shard) -> Components:
-        """Returns the gradients of a shard's examples, as stored.
-
-        Raises:
-            ValueError: the index does not have the column.
-        """
-        self._check_column(column)
-        return Components.of(self._column(column, shard)[0])
-
-    def features(self, encoder: str, shard: Shard) -> Tensor:
-        """Returns what an encoder saw, [n, F] float16 of length 1, of a shard's examples.
-
-        Raises:
-            ValueError: the index does not have the column, or not of this encoder.
-        """
-        self._check_column("features")
-        rows = self._column("features", shard)[0]
-        if encoder not in rows:
-            raise ValueError(
-                f"index {str(self.path)!r}: it has no encoder {encoder!r}, only {', '.join(rows)}"
-            )
-        return rows[encoder]
-
-    def sketches(self, measure: Measure, shard: Shard) -> Quantised:
-        """Returns a shard's sketched gradients [n, views, 2, length] as stored, one scale a row.
-
-        Raises:
-            ValueError: the index does not have the column, or not of this measure.
-        """
-        self._check_column("sketch")
-        found = self._column("sketch", shard)[0]
-        if measure not in found:
-            raise ValueError(
-                f"index {str(self.path)!r}: its sketch is not of the measure {measure!r}, only of "
-                f"{', '.join(self.manifest.settings['sketch']['measures'])}"
-            )
-        return Quantised(found[measure], found[f"{measure}.scales"])
-
-    def _check_column(self, column: str) -> None:
-        if column not in self.columns:
-            raise ValueError(
-                f"index {str(self.path)!r}: it has no column {column!r}, only "
-                f"{', '.join(self.columns)}; build another with it"
-            )
-
-    def _column(self, column: str, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Reads a shard, or finds it in memory: what is read often is read, and checked, once."""
-        key = column, shard.name
-        if key in self._memory:
-            self._memory[key] = self._memory.pop(key)  # the last used is forgotten last
-            return self._memory[key]
-        found = read_shard(self.path, self.manifest, column, shard)
-        self._memory[key] = found
-        kept = [tensors for tensors, _ in self._memory.values()]
-        sizes = [sum(t.nbytes for t in tensors.values()) for tensors in kept]
-        while len(self._memory) > 1 and sum(sizes) > MEMORY_BYTES:
-            self._memory.pop(next(iter(self._memory)))
-            sizes.pop(0)
-        return found
+    # -- curvature --------------------------------------------------------------------------
 
     def curvature(
         self, name: CurvatureName = "ekfac", column: str = "factors"

@@ -1,0 +1,135 @@
+"""Columns of an index, as they are read: checked, and kept in memory while there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data.latents import EncodedDataset
+from .build import unpack_examples
+from .components import Components
+from .factors import Measure, Quantised
+from .layout import Manifest, Shard, read_shard, shard_path
+
+MEMORY_BYTES = 500_000_000
+"""Of shards that are kept after they were read."""
+
+
+class Columns:
+    """What lies in an index, column by column and shard by shard.
+
+    Attributes:
+        path: folder of the index.
+        manifest: what fixes its numbers.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.manifest.settings["columns"])
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Column -> bytes of its files."""
+        return {
+            c: sum(shard_path(self.path, c, s).stat().st_size for s in self.manifest.shards)
+            for c in self.columns
+        }
+
+    def shards(self) -> Iterator[Shard]:
+        """Iterates over the shards, in the order of `ids`."""
+        return iter(self.manifest.shards)
+
+    def examples(self, shard: Shard) -> EncodedDataset:
+        """Returns the encoded examples of a shard."""
+        return unpack_examples(*self._column("examples", shard))
+
+    def text(self, shard: Shard) -> Tensor:
+        """Returns the text states [captions, T, width] float32 of a shard's examples."""
+        return self._column("examples", shard)[0]["text"]
+
+    def losses(self, shard: Shard) -> Tensor:
+        """Returns the losses [n, views, draws] float64 of a shard's examples."""
+        return self._column("loss", shard)[0]["values"]
+
+    def components(self, column: str, shard: Shard) -> Components:
+        """Returns the gradients of a shard's examples, as stored.
+
+        Raises:
+            ValueError: the index does not have the column.
+        """
+        self._check_column(column)
+        return Components.of(self._column(column, shard)[0])
+
+    def features(self, encoder: str, shard: Shard) -> Tensor:
+        """Returns what an encoder saw, [n, F] float16 of length 1, of a shard's examples.
+
+        Raises:
+            ValueError: the index does not have the column, or not of this encoder.
+        """
+        self._check_column("features")
+        rows = self._column("features", shard)[0]
+        if encoder not in rows:
+            raise ValueError(
+                f"index {str(self.path)!r}: it has no encoder {encoder!r}, only {', '.join(rows)}"
+            )
+        return rows[encoder]
+
+    def sketches(self, measure: Measure, shard: Shard) -> Quantised:
+        """Returns a shard's sketched gradients [n, views, 2, length] as stored, one scale a row.
+
+        Raises:
+            ValueError: the index does not have the column, or not of this measure.
+        """
+        self._check_column("sketch")
+        found = self._column("sketch", shard)[0]
+        if measure not in found:
+            raise ValueError(
+                f"index {str(self.path)!r}: its sketch is not of the measure {measure!r}, only of "
+                f"{', '.join(self.manifest.settings['sketch']['measures'])}"
+            )
+        return Quantised(found[measure], found[f"{measure}.scales"])
+
+    def _check_column(self, column: str) -> None:
+        if column not in self.columns:
+            raise ValueError(
+                f"index {str(self.path)!r}: it has no column {column!r}, only "
+                f"{', '.join(self.columns)}; build another with it"
+            )
+
+    def _column(self, column: str, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Reads a shard, or finds it in memory: what is read often is read, and checked, once."""
+        key = column, shard.name
+        if key in self._memory:
+            self._memory[key] = self._memory.pop(key)  # the last used is forgotten last
+            return self._memory[key]
+        found = read_shard(self.path, self.manifest, column, shard)
+        self._memory[key] = found
+        kept = [tensors for tensors, _ in self._memory.values()]
+        sizes = [sum(t.nbytes for t in tensors.values()) for tensors in kept]
+        while len(self._memory) > 1 and sum(sizes) > MEMORY_BYTES:
+            self._memory.pop(next(iter(self._memory)))
+            sizes.pop(0)
+        return found
+
+    def warm(self, columns: Sequence[str]) -> None:
+        """Reads columns before they are asked for, as far as the memory for them goes.
+
+        Raises:
+            ValueError: the index does not have one, or a shard is damaged.
+        """
+        room = MEMORY_BYTES
+        for column in columns:
+            self._check_column(column)
+            for shard in self.shards():
+                room -= shard_path(self.path, column, shard).stat().st_size
+                if room < 0:
+                    return
+                self._column(column, shard)
