@@ -90,18 +90,22 @@ def build(case: Case, count: int, rounds: int) -> dict[str, Any]:
     model, data, draws = case.build(), examples(case, count), Draws(0, case.draws)
     columns = {"loss and factors": ("loss", "factors"),
                "with outputs": ("loss", "factors", "outputs")}  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in ("bare", *columns)}
-    fit = 0.0
+    # A sketch is of all parameters: it is held against passes with their gradients.
+    times: dict[str, list[float]] = {
+        name: [] for name in ("bare", *columns, "bare, all parameters", "loss and sketch")
+    }
+    fit, size = 0.0, {}
     for number in range(rounds + 1):
         seconds = {"bare": bare(model, data, draws)}
-        for name, wanted in columns.items():
+        seconds["bare, all parameters"] = bare(model.selecting("all"), data, draws)
+        for name, wanted in {**columns, "loss and sketch": ("loss", "sketch")}.items():
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()
                 index = Index.build(folder, model, data, wanted, draws=draws)
                 seconds[name] = time.perf_counter() - began
                 if number == rounds and name == "with outputs":
                     fit = timed(lambda index=index: index.curvature("ekfac", "factors"))
-                size = {c: n / count for c, n in index.nbytes.items()}
+                size |= {c: n / count for c, n in index.nbytes.items()}
         if number:  # the first round warms up
             for name, value in seconds.items():
                 times[name].append(value)
@@ -109,6 +113,8 @@ def build(case: Case, count: int, rounds: int) -> dict[str, Any]:
         name: statistics.median(a / b for a, b in zip(times[name], times["bare"], strict=True))
         for name in columns
     }
+    pairs = zip(times["loss and sketch"], times["bare, all parameters"], strict=True)
+    ratios["loss and sketch"] = statistics.median(a / b for a, b in pairs)
     return {"examples": count, "passes": count * case.captions * case.draws, "rounds": rounds,
             "seconds": times, "over_bare": ratios, "fit_over_bare": fit / times["bare"][-1],
             "bytes_an_example": size}  # fmt: skip

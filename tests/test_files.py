@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -41,3 +43,19 @@ def test_it_replaces_what_was_there(tmp_path: Path):
     for text in ("first", "second"):
         write_atomically(target, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     assert target.read_text(encoding="utf-8") == "second"
+
+
+def test_two_threads_can_write_the_same_file(tmp_path: Path):
+    target, both = tmp_path / "result.txt", Barrier(2)
+
+    def write(text: str) -> None:
+        def slowly(path: Path) -> None:
+            path.write_text(text, encoding="utf-8")
+            both.wait(timeout=30)  # both are half way at once
+
+        write_atomically(target, slowly)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ("one", "two")))
+    assert target.read_text(encoding="utf-8") in ("one", "two")
+    assert list(tmp_path.iterdir()) == [target]

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from measure import network
+from torch import Tensor
 
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
@@ -98,6 +99,45 @@ def without_captions(
     return example_gradients(
         model, empty, Draws(seed=0, n=8), measure=measure, cache=work / "gradients"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LessNoise:
+    """Those of some draws that lie in the half of the noise schedule with less noise."""
+
+    draws: Draws
+
+    @property
+    def n(self) -> int:
+        return self.draws.n // 2
+
+    def of(
+        self, example_id: str, shape: tuple[int, ...], caption: int = 0, flipped: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        timesteps, noise = self.draws.of(example_id, shape, caption, flipped)
+        return timesteps[: self.n], noise[: self.n]  # stratified: in the order of the timesteps
+
+
+def noise_halves(
+    benchmark: Benchmark, work: Path, measure: Measure, examples: GradientMatrix,
+    queries: GradientMatrix,
+) -> dict[str, tuple[GradientMatrix, GradientMatrix]]:  # fmt: skip
+    """Splits the gradients of examples and queries into those of little and of much noise."""
+    model = UNetDenoiser(benchmark.model.network, benchmark.model.schedule, examples.names)
+    cache = work / "gradients"
+    asked = QueryExamples(benchmark.queries)
+    little = (
+        example_gradients(model, benchmark.data, LessNoise(EXAMPLE_DRAWS), measure=measure,
+                          cache=cache),
+        example_gradients(model, asked, LessNoise(QUERY_DRAWS), measure=measure, cache=cache),
+    )  # fmt: skip
+    # The mean over all draws is the mean of both halves.
+    much = tuple(
+        dataclasses.replace(all_, shards=[2 * a - b for a, b in zip(all_.shards, low.shards,
+                                                                      strict=True)])
+        for all_, low in zip((examples, queries), little, strict=True)
+    )  # fmt: skip
+    return {"little noise": little, "much noise": cast(Any, much)}
 
 
 def journeys(

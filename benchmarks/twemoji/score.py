@@ -20,6 +20,7 @@ from gradients import (
     guided,
     journeys,
     matrices,
+    noise_halves,
     query_functionals,
     second_seed,
     without_captions,
@@ -170,6 +171,41 @@ def dropped(benchmark: Benchmark, work: Path) -> Scored:
             yield f"{name}, captions dropped, EK-FAC, damping {damping:g}", scores
 
 
+BLOCKS = {
+    "keys": "to_k", "values": "to_v", "down": "down_blocks", "middle": "mid_block",
+    "up": "up_blocks",
+}  # fmt: skip
+"""Some of the layers, by a part of their names."""
+
+
+def layers(benchmark: Benchmark, work: Path) -> Scored:
+    """Some of the keys and values alone."""
+    basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
+    for measure, name in (("loss", "influence"), ("output_norm", "output norm")):
+        examples, queries = keys_and_values(benchmark, work, measure)
+        curvature = refitted(basis, examples, benchmark.members)
+        for what, part in BLOCKS.items():
+            names = [n for n in examples.names if part in n]
+            few = examples.only(names), queries.only(names)
+            yield from damped(f"{name}, {what}", *few, {"EK-FAC": curvature})
+
+
+def noise_levels(benchmark: Benchmark, work: Path) -> Scored:
+    """Gradients of little and of much noise apart, and the sum of what both say: products of one
+    with the other are left out."""
+    basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
+    for measure, name in (("loss", "influence"), ("output_norm", "output norm")):
+        halves = noise_halves(benchmark, work, measure, *keys_and_values(benchmark, work, measure))
+        fitted = {what: refitted(basis, e, benchmark.members) for what, (e, _) in halves.items()}
+        for damping in DAMPINGS:
+            parts = []
+            for what, (examples, queries) in halves.items():
+                parts.append(influence_scores(examples, queries, fitted[what], damping))
+                yield f"{name}, {what}, EK-FAC, damping {damping:g}", parts[-1]
+            scores = combined_values(parts)
+            yield f"{name}, noise levels apart, EK-FAC, damping {damping:g}", scores
+
+
 def seeds(benchmark: Benchmark, work: Path) -> Scored:
     """The same methods on a model of another seed, and the mean of both models' scores."""
     other = second_seed(benchmark, work)
@@ -273,6 +309,8 @@ def main() -> None:
         "journey": lambda: along_journeys(benchmark, work),
         "guided": lambda: guidances(benchmark, work),
         "dropped": lambda: dropped(benchmark, work),
+        "layers": lambda: layers(benchmark, work),
+        "noise": lambda: noise_levels(benchmark, work),
         "seeds": lambda: seeds(benchmark, work),
         "combined": lambda: combined(work),
         "sharpened": lambda: sharper(work),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path: the final name; it exists only once the content is complete.
         write: writes the content to the path it is given.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A name of its own, also among threads, and machines that share a file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         write(temporary)
         with temporary.open("rb") as file:

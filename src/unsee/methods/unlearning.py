@@ -43,7 +43,7 @@ divided by its root mean square over the examples in that draw's part of the noi
 that no part leads (after Diffusion-ReTrac, Xie et al., arXiv 2401.09031, which divides gradients).
 """
 
-FLOOR_SHARE, FEWEST, MOST = 0.05, 8, 64
+FLOOR_SHARE, FEWEST, MOST = 0.025, 8, 64
 """Of the scored examples: the sample that the noise floor is measured on, and its bounds."""
 
 
