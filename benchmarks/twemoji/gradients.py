@@ -102,42 +102,68 @@ def without_captions(
 
 
 @dataclasses.dataclass(frozen=True)
-class LessNoise:
-    """Those of some draws that lie in the half of the noise schedule with less noise."""
+class NoisePart:
+    """Those of some draws that lie in a part of the noise schedule.
+
+    Attributes:
+        draws: stratified, so that their timesteps rise.
+        first, last: where the part begins and ends, as shares of the schedule.
+    """
 
     draws: Draws
+    first: float
+    last: float
 
     @property
     def n(self) -> int:
-        return self.draws.n // 2
+        return round(self.last * self.draws.n) - round(self.first * self.draws.n)
 
     def of(
         self, example_id: str, shape: tuple[int, ...], caption: int = 0, flipped: bool = False
     ) -> tuple[Tensor, Tensor]:
+        part = slice(round(self.first * self.draws.n), round(self.last * self.draws.n))
         timesteps, noise = self.draws.of(example_id, shape, caption, flipped)
-        return timesteps[: self.n], noise[: self.n]  # stratified: in the order of the timesteps
+        return timesteps[part], noise[part]
 
 
-def noise_halves(
+Pair = tuple[GradientMatrix, GradientMatrix]
+"""Of examples, and of queries."""
+
+
+def mixed(parts: list[tuple[float, Pair]]) -> Pair:
+    """Returns the weighted sums of gradients of examples and of queries."""
+    found = []
+    for side in (0, 1):
+        first = parts[0][1][side]
+        shards = [
+            sum(weight * pair[side].shards[i] for weight, pair in parts)
+            for i in range(len(first.shards))
+        ]
+        found.append(dataclasses.replace(first, shards=shards))
+    return found[0], found[1]
+
+
+def by_noise(
     benchmark: Benchmark, work: Path, measure: Measure, examples: GradientMatrix,
     queries: GradientMatrix,
-) -> dict[str, tuple[GradientMatrix, GradientMatrix]]:  # fmt: skip
-    """Splits the gradients of examples and queries into those of little and of much noise."""
+) -> dict[str, Pair]:  # fmt: skip
+    """Splits the gradients of examples and queries by the noise of their draws."""
     model = UNetDenoiser(benchmark.model.network, benchmark.model.schedule, examples.names)
-    cache = work / "gradients"
     asked = QueryExamples(benchmark.queries)
-    little = (
-        example_gradients(model, benchmark.data, LessNoise(EXAMPLE_DRAWS), measure=measure,
-                          cache=cache),
-        example_gradients(model, asked, LessNoise(QUERY_DRAWS), measure=measure, cache=cache),
-    )  # fmt: skip
-    # The mean over all draws is the mean of both halves.
-    much = tuple(
-        dataclasses.replace(all_, shards=[2 * a - b for a, b in zip(all_.shards, low.shards,
-                                                                      strict=True)])
-        for all_, low in zip((examples, queries), little, strict=True)
-    )  # fmt: skip
-    return {"little noise": little, "much noise": cast(Any, much)}
+
+    def of(first: float, last: float) -> Pair:
+        return (
+            example_gradients(model, benchmark.data, NoisePart(EXAMPLE_DRAWS, first, last),
+                              measure=measure, cache=work / "gradients"),
+            example_gradients(model, asked, NoisePart(QUERY_DRAWS, first, last), measure=measure,
+                              cache=work / "gradients"),
+        )  # fmt: skip
+
+    every, little, most = (examples, queries), of(0, 0.5), of(0.75, 1)
+    # The mean over all draws is the mean of the parts'.
+    medium = mixed([(4, every), (-2, little), (-1, most)])
+    much = mixed([(2, every), (-1, little)])
+    return {"little noise": little, "medium noise": medium, "most noise": most, "much noise": much}
 
 
 def journeys(

@@ -17,10 +17,10 @@ import torch
 from curvatures import Fitted, averaged, curvatures, gauss_newton, kv_names, refitted
 from gradients import (
     SEED_DRAWS,
+    by_noise,
     guided,
     journeys,
     matrices,
-    noise_halves,
     query_functionals,
     second_seed,
     without_captions,
@@ -191,19 +191,18 @@ def layers(benchmark: Benchmark, work: Path) -> Scored:
 
 
 def noise_levels(benchmark: Benchmark, work: Path) -> Scored:
-    """Gradients of little and of much noise apart, and the sum of what both say: products of one
-    with the other are left out."""
+    """Gradients of draws with little noise (the first half of the schedule), medium (the third
+    quarter), most (the last) and much (medium and most); and little and much apart: a sum in which
+    no gradient of one meets a gradient of the other."""
     basis = EKFAC.load(work / "curvature" / "EK-FAC averaged.safetensors")
     for measure, name in (("loss", "influence"), ("output_norm", "output norm")):
-        halves = noise_halves(benchmark, work, measure, *keys_and_values(benchmark, work, measure))
-        fitted = {what: refitted(basis, e, benchmark.members) for what, (e, _) in halves.items()}
+        parts = by_noise(benchmark, work, measure, *keys_and_values(benchmark, work, measure))
+        fitted = {what: refitted(basis, e, benchmark.members) for what, (e, _) in parts.items()}
         for damping in DAMPINGS:
-            parts = []
-            for what, (examples, queries) in halves.items():
-                parts.append(influence_scores(examples, queries, fitted[what], damping))
-                yield f"{name}, {what}, EK-FAC, damping {damping:g}", parts[-1]
-            scores = combined_values(parts)
-            yield f"{name}, noise levels apart, EK-FAC, damping {damping:g}", scores
+            found = {w: influence_scores(*pair, fitted[w], damping) for w, pair in parts.items()}
+            found["noise levels apart"] = found["little noise"] + found["much noise"]
+            for what, scores in found.items():
+                yield f"{name}, {what}, EK-FAC, damping {damping:g}", scores
 
 
 def seeds(benchmark: Benchmark, work: Path) -> Scored:
