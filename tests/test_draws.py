@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import random
 
 import numpy as np
@@ -135,5 +137,38 @@ def test_a_number_of_draws_out_of_range_is_refused(n):
 
 
 def test_an_unknown_timestep_plan_is_refused():
-    with pytest.raises(ValueError, match="'random' is not 'stratified' or 'grid'"):
+    with pytest.raises(ValueError, match="'random' is not 'stratified', 'grid' or a pair"):
         Draws(timesteps="random")  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_schedule_is_stratified():
+    draws = Draws(seed=2, n=5, timesteps=(0.75, 1.0))
+    for example in map(str, range(50)):
+        timesteps, noise = draws.of(example, (2,))
+        assert [int((t - 750) // 50) for t in timesteps] == [0, 1, 2, 3, 4]
+        # The noise is that of the same draws of the whole schedule.
+        torch.testing.assert_close(noise, Draws(seed=2, n=5).of(example, (2,))[1])
+    seen = torch.cat([draws.of(str(i), (2,))[0] for i in range(500)])
+    assert seen.min() == 750 and seen.max() == 999
+
+
+def test_the_whole_as_a_part_is_the_whole():
+    whole, part = Draws(n=7), Draws(n=7, timesteps=(0, 1))
+    assert torch.equal(whole.of("a", (2,))[0], part.of("a", (2,))[0])
+
+
+def test_a_part_comes_back_from_json():
+    draws = Draws(n=4, timesteps=(0.5, 1))
+    assert Draws(**json.loads(json.dumps(dataclasses.asdict(draws)))) == draws
+    assert hash(draws) == hash(Draws(n=4, timesteps=[0.5, 1.0]))
+
+
+@pytest.mark.parametrize("part", [(0.5, 0.5), (0.8, 0.2), (-0.1, 1), (0, 1.1), (0.5,), (0, 0.5, 1)])
+def test_no_part_is_refused(part):
+    with pytest.raises(ValueError, match=r"is no part of the schedule; give two rising shares"):
+        Draws(timesteps=part)
+
+
+def test_more_draws_than_the_part_has_timesteps_are_refused():
+    with pytest.raises(ValueError, match="n = 101 must be from 1 to the part = 100"):
+        Draws(n=101, timesteps=(0.9, 1))

@@ -8,6 +8,7 @@ the stored scores with unquantised float64 ones. steps.py holds first order agai
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from unsee.index.build import MEASURES
 from unsee.index.factors import Storage, dequantise
 from unsee.index.fit import CurvatureName
 from unsee.index.index import Index
-from unsee.methods.indexed import AbU, query_gradients
+from unsee.methods.indexed import AbU, query_draws_for, query_gradients
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 CURVATURES: tuple[CurvatureName, ...] = ("ekfac", "kfac", "diagonal", "diagonal_per_draw")
@@ -29,7 +30,6 @@ SCORED = (0.1, 1.0)
 DRAWS = 16
 """Of each example: the library's default."""
 
-QUERY_DRAWS = Draws(seed=1, n=64)
 FIDELITY_EXAMPLES = 320
 """Of the index that leaves nothing out, which is many times as large."""
 
@@ -43,11 +43,13 @@ KEPT: dict[str, tuple[Storage, float]] = {
 
 def scores(benchmark: Benchmark, index: Index, work: Path) -> None:
     """Writes the scores of both columns, and of their sum, by damping."""
-    prefix = "index" if index.draws.n == DRAWS else f"index of {index.draws.n} draws"
+    prefix = "index" if index.draws == Draws(0, DRAWS) else f"index of {index.draws.n} draws"
+    if not isinstance(part := index.draws.timesteps, str):
+        prefix += f" from {part[0]:g} to {part[1]:g}"
     for damping in SCORED:
         total = 0.0
         for name, column in (("loss", "factors"), ("output norm", "outputs")):
-            method = AbU(index, "ekfac", damping, [column], query_draws=QUERY_DRAWS)
+            method = AbU(index, "ekfac", damping, [column], query_draws=query_draws_for(index))
             found = np.stack([s.values for s in method.attribute_many(benchmark.queries)])
             np.save(work / "scores" / f"{prefix}, EK-FAC {name}, damping {damping:g}.npy", found)
             total = total + found / found.std(1, keepdims=True)  # what AbU makes of both columns
@@ -117,20 +119,23 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--draws", type=int, default=DRAWS, help="others than the default are "
                         "scored only, as `index of N draws`")  # fmt: skip
+    parser.add_argument("--timesteps", type=float, nargs=2, metavar=("FIRST", "LAST"),
+                        help="the part of the noise schedule, in shares")  # fmt: skip
     parser.add_argument("--queries", type=int, default=4, help="of the comparison with float64")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "index.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     work = arguments.work
     benchmark = load_benchmark(work / "encoded")
-    index = Index.build(
-        work / f"index-{arguments.draws}", benchmark.model, benchmark.data,
-        draws=Draws(0, arguments.draws),
-    )  # fmt: skip
+    draws, name = Draws(0, arguments.draws), f"index-{arguments.draws}"
+    if arguments.timesteps:
+        draws = dataclasses.replace(draws, timesteps=arguments.timesteps)
+        name += "-{:g}-{:g}".format(*arguments.timesteps)
+    index = Index.build(work / name, benchmark.model, benchmark.data, draws=draws)
     size = {c: n / len(index.ids) for c, n in index.nbytes.items()}
     report: dict = {"draws": arguments.draws, "bytes_an_example": size}
     scores(benchmark, index, work)
-    if arguments.draws != DRAWS:
+    if draws != Draws(0, DRAWS):
         return
     report["against_float64"] = fidelity(benchmark, work, arguments.queries)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

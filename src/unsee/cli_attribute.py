@@ -167,15 +167,13 @@ def _from_run(args: argparse.Namespace) -> tuple:
 
 def _method(args: argparse.Namespace, index: Index) -> Attributor:
     """Returns the method that is asked for, on an index."""
-    from .draws import Draws
-    from .methods.indexed import AbU
+    from .methods.indexed import AbU, query_draws_for
     from .methods.similarity import Similarity
     from .methods.trak import TRAK
 
     if args.method == "similarity":
         return Similarity(index, args.encoder)
-    length = index.model.num_train_timesteps
-    draws = Draws(args.method_seed + 1, args.query_draws, num_train_timesteps=length)
+    draws = query_draws_for(index, args.method_seed + 1, args.query_draws)
     if args.method == "abu":
         return AbU(
             index, args.curvature, args.damping, args.use_columns, args.rise, draws,

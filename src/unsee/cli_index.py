@@ -42,6 +42,9 @@ def add_index(commands: argparse._SubParsersAction) -> None:
                          help="of the features: latent, text, pixel, or the folder of a vision "
                          "model of transformers (default: latent text)")  # fmt: skip
     command.add_argument("--draws", type=positive, default=16, help="per example; an even number")
+    command.add_argument("--timesteps", type=float, nargs=2, metavar=("FIRST", "LAST"),
+                         help="the part of the noise schedule that they are drawn from, in shares; "
+                         "0 is no noise (default: 0 1)")  # fmt: skip
     command.add_argument("--storage", default="int8", choices=("int8", "float16", "float32"))
     command.add_argument("--tolerance", type=float, default=3e-4, metavar="SHARE",
                          help="of a squared gradient that may be left out to keep it small; 0 for "
@@ -119,7 +122,7 @@ def _index(args: argparse.Namespace) -> None:
             write_source(args.out, source)
         index = Index.build(
             args.out, model, data, args.columns, encoders=args.encoders,
-            draws=Draws(args.method_seed, args.draws, num_train_timesteps=length),
+            draws=Draws(args.method_seed, args.draws, args.timesteps or "stratified", length),
             storage=args.storage, tolerance=args.tolerance, sketch=_sketch(args), flips=args.flips,
             shard_size=args.shard_size, batch_size=args.batch_size,
             on_error="skip" if args.skip_bad else "raise",

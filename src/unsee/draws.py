@@ -17,6 +17,10 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+Timesteps = Literal["stratified", "grid"] | tuple[float, float]
+"""How timesteps are chosen, see `Draws`."""
+
+
 class DrawSource(Protocol):
     """Anything that gives an example its timesteps and noise."""
 
@@ -45,23 +49,40 @@ class Draws:
         seed: two seeds give independent draws.
         n: draws for each example and caption.
         timesteps: `"stratified"` draws one timestep uniformly from each of `n` equal parts of
-            the noise schedule; `"grid"` takes 0, T/n, 2T/n ... as the AbU paper does.
+            the noise schedule; `"grid"` takes 0, T/n, 2T/n ... as the AbU paper does; a pair of
+            shares, as (0.5, 1.0), stratifies that part of the schedule (0 is no noise).
         num_train_timesteps: T, the length of the model's training schedule.
     """
 
     seed: int = 0
     n: int = 10
-    timesteps: Literal["stratified", "grid"] = "stratified"
+    timesteps: Timesteps = "stratified"
     num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.num_train_timesteps:
+        if isinstance(self.timesteps, list | tuple):  # a list where it was read from JSON
+            part = tuple(float(share) for share in self.timesteps)
+            if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+                raise ValueError(
+                    f"draws: timesteps = {self.timesteps} is no part of the schedule; give two "
+                    "rising shares from 0 to 1"
+                )
+            object.__setattr__(self, "timesteps", part)
+        elif self.timesteps not in ("stratified", "grid"):
             raise ValueError(
-                f"draws: n = {self.n} must be from 1 to num_train_timesteps = "
-                f"{self.num_train_timesteps}"
+                f"draws: timesteps = {self.timesteps!r} is not 'stratified', 'grid' or a pair of "
+                "shares"
             )
-        if self.timesteps not in ("stratified", "grid"):
-            raise ValueError(f"draws: timesteps = {self.timesteps!r} is not 'stratified' or 'grid'")
+        low, high = self._bounds
+        if not 1 <= self.n <= high - low:
+            where = "num_train_timesteps" if high - low == self.num_train_timesteps else "the part"
+            raise ValueError(f"draws: n = {self.n} must be from 1 to {where} = {high - low}")
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """First timestep, and the one behind the last."""
+        first, last = (0.0, 1.0) if isinstance(self.timesteps, str) else self.timesteps
+        return round(first * self.num_train_timesteps), round(last * self.num_train_timesteps)
 
     def of(
         self, example_id: str, shape: tuple[int, ...], caption: int = 0, flipped: bool = False
@@ -75,15 +96,16 @@ class Draws:
             flipped: mirrors the noise left to right (last axis).
         """
         timesteps = torch.empty(self.n, dtype=torch.int64)
+        low, high = self._bounds
         noise = np.empty((self.n, *shape), dtype=np.float32)
         for d in range(self.n):
             key = stable_seed(self.seed, example_id, caption * self.n + d)
             # Philox is counter based, and numpy's float32 ziggurat is table driven: the same
             # numbers on every processor, which torch's vectorised Box-Muller does not promise.
             generator = np.random.Generator(np.random.Philox(key=key))
-            place = float(generator.random()) if self.timesteps == "stratified" else 0.0
-            timestep = int((d + place) * self.num_train_timesteps / self.n)
-            timesteps[d] = min(timestep, self.num_train_timesteps - 1)  # d + place may round up
+            place = 0.0 if self.timesteps == "grid" else float(generator.random())
+            timestep = low + int((d + place) * (high - low) / self.n)
+            timesteps[d] = min(timestep, high - 1)  # d + place may round up
             generator.standard_normal(dtype=np.float32, out=noise[d])
         tensor = torch.from_numpy(noise)
         return timesteps, tensor.flip(-1) if flipped else tensor

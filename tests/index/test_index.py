@@ -20,7 +20,7 @@ from unsee.methods.base import Scores
 from unsee.methods.indexed import AbU
 from unsee.query import Query
 
-from .conftest import build_index, contents
+from .conftest import DRAWS, build_index, contents
 from .test_build import Stopped, assert_same, columns, stop_after
 
 IDS = [f"picture-{i}" for i in range(10)]
@@ -134,6 +134,22 @@ def test_only_what_has_room_is_read_before(index: Index, monkeypatch) -> None:
     index.warm(["factors"])
     with pytest.raises(ValueError, match="is damaged"):
         index.components("factors", list(index.shards())[1])
+
+
+def test_a_part_of_the_schedule_is_kept_and_asked_for(model, data, query, tmp_path) -> None:
+    draws = Draws(seed=3, n=4, timesteps=(0.5, 1.0))
+    build_index(tmp_path, model, data, draws=draws, columns=("loss", "factors"))
+    index = Index.open(tmp_path, model)
+    assert index.draws == draws
+    assert AbU(index).used_query_draws == Draws(seed=1, n=64, timesteps=(0.5, 1.0))
+    assert AbU(index, query_draws=Draws(1, 4)).used_query_draws == Draws(1, 4)
+    late = AbU(index, curvature="identity").attribute(query)
+    assert "timesteps=(0.5, 1.0)" in late.settings["query_draws"]
+    forward = AbU(index, forward=True, rise=1e-3).attribute(query, candidates=IDS[:3])
+    assert forward.settings["draws"]["timesteps"] == (0.5, 1.0)
+    with pytest.raises(ValueError, match=r"draws.timesteps(\[0\])? is "):
+        build_index(tmp_path, model, data, draws=DRAWS, columns=("loss", "factors"))
+    assert build_index(tmp_path, model, data, draws=draws, columns=("loss", "factors")).ids == IDS
 
 
 # -- erasing -----------------------------------------------------------------------------------

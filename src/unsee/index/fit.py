@@ -187,7 +187,9 @@ def _per_draw(index: Index, sample: Sample) -> DiagonalFisher:
         latents.append(examples.latents(range(len(examples.ids))))
     data = EncodedDataset(ids, torch.cat(latents), torch.stack(states), rows)
     length = index.draws.num_train_timesteps
-    draws = dataclasses.replace(PER_DRAW, num_train_timesteps=length)
+    draws = dataclasses.replace(
+        PER_DRAW, num_train_timesteps=length, timesteps=index.draws.timesteps
+    )
 
     def bar(batches: Sequence) -> Iterable:
         return tqdm(batches, desc="fisher", unit="batch", disable=None, file=sys.stderr)

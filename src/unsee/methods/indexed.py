@@ -71,7 +71,7 @@ class AbU:
         columns: whose scores count; by default all that the index has of `factors` and `outputs`.
         rise: of the query's loss, which scores of a single column are scaled to.
         query_draws: timesteps and noise of the query, even in number, independent of the
-            examples'; 64 of seed 1 by default.
+            examples'; by default 64 of seed 1, in the part of the schedule that theirs are in.
         batch_size: draws of the query at once.
         tolerance: share of the expected squared score that a cheaper scan may give up; 0 for none.
         forward: really unlearns the query, and scores the candidates by how much their loss rose.
@@ -113,8 +113,7 @@ class AbU:
     @property
     def used_query_draws(self) -> Draws:
         """Timesteps and noise of the query."""
-        length = self.index.model.num_train_timesteps
-        return self.query_draws or Draws(seed=1, n=64, num_train_timesteps=length)
+        return self.query_draws or query_draws_for(self.index)
 
     def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
         """Scores every example, or the candidates; see `attribute_many`.
@@ -222,6 +221,11 @@ class AbU:
         found = torch.cat(parts, dim=1).transpose(0, 1).numpy()  # [N, views, 2, 2Q]
         shape = *found.shape[:3], asked.count // HALVES, HALVES
         return found.reshape(shape).transpose(0, 1, 3, 2, 4)
+
+
+def query_draws_for(index: Index, seed: int = 1, n: int = 64) -> Draws:
+    """Returns draws of a query in the part of the noise schedule that the examples' are in."""
+    return dataclasses.replace(index.draws, seed=seed, n=n)
 
 
 def check_query_draws(draws: Draws, model: Denoiser) -> None:

@@ -20,7 +20,7 @@ from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
 from .example_gradients import GradientMatrix
-from .indexed import check_query_draws, rows_of, with_errors
+from .indexed import check_query_draws, query_draws_for, rows_of, with_errors
 
 NAMES: dict[Measure, str] = {"loss": "TRAK", "output_norm": "D-TRAK"}
 
@@ -39,7 +39,7 @@ class TRAK:
         measure: `output_norm` (D-TRAK) or `loss` (TRAK); by default the index's first.
         ridge: λ, relative to the mean squared length of the examples' rows.
         query_draws: timesteps and noise of the query, even in number, independent of the
-            examples'; 64 of seed 1 by default.
+            examples'; by default 64 of seed 1, in the part of the schedule that theirs are in.
         batch_size: draws of the query at once.
     """
 
@@ -73,8 +73,7 @@ class TRAK:
     @property
     def used_query_draws(self) -> Draws:
         """Timesteps and noise of the query."""
-        length = self.index.model.num_train_timesteps
-        return self.query_draws or Draws(seed=1, n=64, num_train_timesteps=length)
+        return self.query_draws or query_draws_for(self.index)
 
     @cached_property
     def _sketcher(self) -> Sketcher:
