@@ -117,6 +117,8 @@ def kernels(benchmark: Benchmark, work: Path, measure: Measure) -> Scored:
         for ridge in RIDGES:
             scores = trak_scores(kernel, cross, ridge, benchmark.members)
             yield f"{name}, {what}, ridge {ridge:g}", scores
+            scores = trak_scores(kernel, cross, ridge, benchmark.members, own=False)
+            yield f"{name} without own term, {what}, ridge {ridge:g}", scores
 
 
 def outputs(benchmark: Benchmark, work: Path) -> Scored:

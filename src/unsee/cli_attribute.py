@@ -160,8 +160,8 @@ def _from_run(args: argparse.Namespace) -> tuple:
     opened = _picture(args)
     quiet_loading()
     index, data = open_run(Path(args.model), args.device)
-    query = _query(args, index.model, opened)
-    scores = _method(args, index).attribute(query)
+    method = _method(args, index)  # before the picture: what does not fit costs no generation
+    scores = method.attribute(_query(args, index.model, opened))
     return scores, write_report(scores, data, args.out, top=args.top), data
 
 

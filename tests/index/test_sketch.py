@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
+import unsee.index.build as build_module
 from tests.methods.conftest import examples
 from tests.models.test_unet import build
 from unsee.data.batches import gather
@@ -173,8 +175,12 @@ def test_what_does_not_fit_is_refused(model, data, built: Index, tmp_path: Path)
     with pytest.raises(ValueError, match="length = 0 must be at least 1"):
         Sketch(0)
     for measures in ((), ("noise",)):
-        with pytest.raises(ValueError, match="use loss, output_norm or both"):
+        with pytest.raises(ValueError, match="use a tuple of loss, output_norm or both"):
             Sketch(measures=measures)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"measures = 'loss'; use a tuple of"):
+        Sketch(measures="loss")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="name one twice"):
+        Sketch(measures=("loss", "loss"))
     with pytest.raises(ValueError, match="add it to the columns"):
         build_index(tmp_path / "a", model, data, columns=("loss",), sketch=BOTH)
     with pytest.raises(ValueError, match="'nothing' matches none of the model's"):
@@ -194,6 +200,38 @@ def test_what_does_not_fit_is_refused(model, data, built: Index, tmp_path: Path)
         index.kernel("loss")
     with pytest.raises(ValueError, match="no column 'sketch', only examples, loss, factors"):
         built.kernel("loss")
+
+
+def test_parameters_that_nothing_depends_on_are_refused(data, tmp_path: Path) -> None:
+    """An adapter that is not active has no gradient; a fresh one's lower half has one of zeros."""
+    model = build(prediction="v_prediction")
+    config = LoraConfig(r=2, target_modules=["to_k"])
+    model.network.add_adapter(config, adapter_name="one")
+    model.network.add_adapter(config, adapter_name="two")  # the active one
+    with pytest.raises(ValueError, match=r"does not depend on the parameters '\*\.one\.\*'"):
+        build_index(tmp_path / "a", model, data, sketch=Sketch(64, "*.one.*"), **EXACT)
+    zeros = build_index(tmp_path / "b", model, data, sketch=Sketch(64, "*lora_A.two*"), **EXACT)
+    with pytest.raises(ValueError, match="all gradients of 'output_norm' are zero in the param"):
+        zeros.kernel("output_norm")
+
+
+def test_nothing_is_made_where_nothing_is_missing(model, data, tmp_path, monkeypatch) -> None:
+    build_index(tmp_path, model, data, sketch=Sketch(64), **EXACT)
+    monkeypatch.setattr(build_module, "Sketcher", None)
+    build_index(tmp_path, model, data, sketch=Sketch(64), **EXACT)
+
+
+def test_one_network_has_one_dtype_whatever_is_selected(data, tmp_path: Path) -> None:
+    """LoRA weights are float32 where those below are not."""
+    model = build(prediction="v_prediction")
+    model.network.to(torch.bfloat16)
+    model.network.add_adapter(LoraConfig(r=2, target_modules=["to_k"]))
+    for name, parameter in model.network.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    about = {"columns": ("sketch",), "sketch": Sketch(64, "conv_out*")}
+    build_index(tmp_path, model.selecting("lora"), data, **about)
+    assert Index.open(tmp_path, model.selecting("all")).ids == data.ids
 
 
 def test_a_person_is_told(model, data, tmp_path: Path) -> None:

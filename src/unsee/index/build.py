@@ -77,7 +77,7 @@ def settings_of(
         raise ValueError("index: encoders are for the column `features`: add it to the columns")
     if sketch is not None and "sketch" not in columns:
         raise ValueError("index: a sketch is for the column `sketch`: add it to the columns")
-    parameter = next(iter(model.parameters.values()))
+    parameter = next(model.network.parameters())
     factors = [c for c in columns if c in MEASURES]
     return {
         # The fingerprint differs with the dtype too: the dtype, which says more, comes first.
@@ -191,8 +191,10 @@ def fill(
         ValueError: a picture that cannot be read, a loss that is not finite, a damaged shard.
     """
     todo = [s for s in manifest.shards if s.part == part]
-    about = manifest.settings.get("sketch")
-    sketcher = Sketcher(model, Sketch.of(about)) if about else None
+    # Its places and signs take five bytes a weight: only where rows are to be made.
+    wanted = "sketch" in manifest.settings["columns"]
+    missing = wanted and not all(shard_path(path, "sketch", s).is_file() for s in todo)
+    sketcher = Sketcher(model, Sketch.of(manifest.settings["sketch"])) if missing else None
     bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
                disable=None, file=sys.stderr)  # fmt: skip
     for shard in todo:

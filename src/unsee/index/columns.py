@@ -11,8 +11,9 @@ from torch import Tensor
 from ..data.latents import EncodedDataset
 from .build import unpack_examples
 from .components import Components
-from .factors import Measure, Quantised
+from .factors import Measure
 from .layout import Manifest, Shard, read_shard, shard_path
+from .sketch import Sketch, StoredRows
 
 MEMORY_BYTES = 500_000_000
 """Of shards that are kept after they were read."""
@@ -65,7 +66,7 @@ class Columns:
         Raises:
             ValueError: the index does not have the column.
         """
-        self._check_column(column)
+        self.require(column)
         return Components.of(self._column(column, shard)[0])
 
     def features(self, encoder: str, shard: Shard) -> Tensor:
@@ -74,7 +75,7 @@ class Columns:
         Raises:
             ValueError: the index does not have the column, or not of this encoder.
         """
-        self._check_column("features")
+        self.require("features")
         rows = self._column("features", shard)[0]
         if encoder not in rows:
             raise ValueError(
@@ -82,22 +83,37 @@ class Columns:
             )
         return rows[encoder]
 
-    def sketches(self, measure: Measure, shard: Shard) -> Quantised:
-        """Returns a shard's sketched gradients [n, views, 2, length] as stored, one scale a row.
+    def sketches(self, measure: Measure, shard: Shard) -> StoredRows:
+        """Returns a shard's sketched gradients, as stored.
 
         Raises:
             ValueError: the index does not have the column, or not of this measure.
         """
-        self._check_column("sketch")
+        self.sketch_of(measure)
         found = self._column("sketch", shard)[0]
-        if measure not in found:
+        return StoredRows(found[measure], found[f"{measure}.scales"])
+
+    def sketch_of(self, measure: Measure | None = None) -> Sketch:
+        """Returns what the column `sketch` holds.
+
+        Raises:
+            ValueError: the index does not have the column, or not of this measure.
+        """
+        self.require("sketch")
+        sketch = Sketch.of(self.manifest.settings["sketch"])
+        if measure is not None and measure not in sketch.measures:
             raise ValueError(
                 f"index {str(self.path)!r}: its sketch is not of the measure {measure!r}, only of "
-                f"{', '.join(self.manifest.settings['sketch']['measures'])}"
+                f"{', '.join(sketch.measures)}"
             )
-        return Quantised(found[measure], found[f"{measure}.scales"])
+        return sketch
 
-    def _check_column(self, column: str) -> None:
+    def require(self, column: str) -> None:
+        """Refuses a column that the index does not have.
+
+        Raises:
+            ValueError: it does not.
+        """
         if column not in self.columns:
             raise ValueError(
                 f"index {str(self.path)!r}: it has no column {column!r}, only "
@@ -127,7 +143,7 @@ class Columns:
         """
         room = MEMORY_BYTES
         for column in columns:
-            self._check_column(column)
+            self.require(column)
             for shard in self.shards():
                 room -= shard_path(self.path, column, shard).stat().st_size
                 if room < 0:

@@ -153,7 +153,7 @@ class Index(Columns):
         """
         path = Path(path)
         manifest = finished(path, read_manifest(path))
-        parameter = next(iter(model.parameters.values()))
+        parameter = next(model.network.parameters())
         about = {
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "model": model.fingerprint(),

@@ -23,7 +23,7 @@ from ..draws import Draws, stable_seed
 from ..gradients import wide
 from ..models.base import Denoiser
 from ..query import Query
-from .factors import HALVES, Measure, Quantised, Storage, mean_square
+from .factors import HALVES, Measure, Storage, mean_square
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ class Sketch:
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ValueError(f"sketch: length = {self.length} must be at least 1")
-        unknown = [m for m in self.measures if m not in ("loss", "output_norm")]
-        if unknown or not self.measures:
-            raise ValueError(f"sketch: measures = {self.measures}; use loss, output_norm or both")
+        if not self.measures or set(self.measures) - {"loss", "output_norm"}:
+            raise ValueError(
+                f"sketch: measures = {self.measures!r}; use a tuple of loss, output_norm or both"
+            )
+        if len(set(self.measures)) < len(self.measures):
+            raise ValueError(f"sketch: measures = {self.measures!r} name one twice")
 
     @classmethod
     def of(cls, about: dict) -> Sketch:
@@ -58,6 +61,23 @@ class Sketch:
             about["length"], chosen if isinstance(chosen, str) else tuple(chosen),
             tuple(about["measures"]), about["seed"],
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows as they are stored.
+
+    Attributes:
+        values: [n, views, 2, length] int8, float16 or float32.
+        scales: [n, views, 2] float32; a row is its values times its scale.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def select(self, places: Sequence[int]) -> StoredRows:
+        """Returns some of the examples."""
+        return StoredRows(self.values[list(places)], self.scales[list(places)])
 
 
 class Sketcher:
@@ -154,9 +174,14 @@ class Sketcher:
                 part = slice(first, first + batch_size)
                 outputs, targets = self.model.predict(latents, text, t[:, part], e[:, part])
                 losses = mean_square(outputs - targets, mask)
-                total += float(losses.detach().double().sum())
+                total += float(wide(losses.detach()).sum())
                 for number, measure in enumerate(self.sketch.measures):
                     values = losses if measure == "loss" else mean_square(outputs, mask)
+                    if not values.requires_grad:
+                        raise ValueError(
+                            f"sketch: the model's output does not depend on the parameters "
+                            f"{self.sketch.parameters!r}; choose others, or `all`"
+                        )
                     # Not the mean of a part: the last one may be smaller.
                     gradients = torch.autograd.grad(
                         values.sum() / t.shape[1], list(self.model.parameters.values()),
@@ -181,20 +206,20 @@ def sketch_settings(model: Denoiser, sketch: Sketch) -> dict:
     return {**dataclasses.asdict(sketch), "weights": weights}
 
 
-def quantise_rows(rows: Tensor, storage: Storage) -> Quantised:
+def quantise_rows(rows: Tensor, storage: Storage) -> StoredRows:
     """Rounds rows [..., length], relative to the largest number of each; scales are [...]."""
     largest = rows.float().abs().amax(-1)
     if storage == "float32":
-        return Quantised(rows.float(), torch.ones_like(largest))
+        return StoredRows(rows.float(), torch.ones_like(largest))
     scales = (largest / (127 if storage == "int8" else 1)).clamp_min(
         torch.finfo(torch.float32).tiny
     )
     divided = rows.float() / scales[..., None]
-    return Quantised(
+    return StoredRows(
         divided.round().to(torch.int8) if storage == "int8" else divided.half(), scales
     )
 
 
-def dequantise_rows(stored: Quantised) -> Tensor:
+def dequantise_rows(stored: StoredRows) -> Tensor:
     """Returns rows [..., length] float32."""
     return stored.values.float() * stored.scales[..., None]

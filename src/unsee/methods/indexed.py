@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..draws import Draws
-from ..gradients import Gradients
+from ..gradients import Gradients, wide
 from ..index.build import MEASURES
 from ..index.components import Components
 from ..index.directions import Directions, directions, moments_of
@@ -285,7 +285,7 @@ def query_gradients(
                 query.mask,
             )  # fmt: skip
             share = t.shape[1] / draws.n
-            loss += share * float(values.double().mean())
+            loss += share * float(wide(values).mean())
             for measure, f in part.items():
                 factors[measure] = factors.get(measure, torch.zeros(())) + share * f[0].cpu()
     if not np.isfinite(loss):

@@ -43,12 +43,8 @@ class Similarity:
     encoder: str = "latent"
 
     def __post_init__(self) -> None:
-        known = self.index.manifest.settings.get("encoders", {})
-        if not known:
-            raise ValueError(
-                f"index {str(self.index.path)!r}: it has no column 'features', only "
-                f"{', '.join(self.index.columns)}; build another with it"
-            )
+        self.index.require("features")
+        known = self.index.manifest.settings["encoders"]
         if self.name not in known:
             raise ValueError(
                 f"index {str(self.index.path)!r}: it has no encoder {self.name!r}, only "

@@ -13,9 +13,9 @@ import torch
 from ..draws import Draws
 from ..index.factors import HALVES, Measure
 from ..index.index import Index
-from ..index.kernel import sample_rows
+from ..index.kernel import sketched_rows
 from ..index.rows import scan_rows
-from ..index.sketch import Sketch, Sketcher
+from ..index.sketch import Sketcher
 from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
@@ -30,9 +30,16 @@ class TRAK:
     """TRAK, or D-TRAK, from the column `sketch` of an index.
 
     The score of an example with the projected gradient ψ is ψ(ΦᵀΦ + λI)⁻¹φ, with φ the query's and
-    Φ all examples' ("TRAK", Park et al., ICML 2023). D-TRAK differentiates the mean square of the
-    output instead of the loss (Zheng et al., ICLR 2024). Both know every gradient twice, from even
-    and from odd draws: what the halves disagree about is a score's standard error.
+    Φ those of all other examples ("TRAK", Park et al., ICML 2023). D-TRAK differentiates the mean
+    square of the output instead of the loss (Zheng et al., ICLR 2024).
+
+    As published, ψ itself is in Φ, which makes its own score small: nothing in LDS is gained by
+    it, while images that Φ does not hold come to lead the ranking (see docs/benchmark.md).
+    Without it all examples have one scale, in the sample that Φ was fitted on or not.
+    `trak_scores` has both.
+
+    Every gradient is known twice, from even and from odd draws: what the halves disagree about is
+    a score's standard error.
 
     Attributes:
         index: of the training data, with the column `sketch`.
@@ -50,17 +57,7 @@ class TRAK:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        about = self.index.manifest.settings.get("sketch")
-        if about is None:
-            raise ValueError(
-                f"index {str(self.index.path)!r}: it has no column 'sketch', only "
-                f"{', '.join(self.index.columns)}; build another with it"
-            )
-        if self.used_measure not in about["measures"]:
-            raise ValueError(
-                f"index {str(self.index.path)!r}: its sketch is not of the measure "
-                f"{self.measure!r}, only of {', '.join(about['measures'])}"
-            )
+        self.index.sketch_of(self.measure)
         if not self.ridge > 0:
             raise ValueError(f"trak: ridge = {self.ridge} must be positive")
         check_query_draws(self.used_query_draws, self.index.model)
@@ -68,7 +65,7 @@ class TRAK:
     @property
     def used_measure(self) -> Measure:
         """What is differentiated."""
-        return self.measure or self.index.manifest.settings["sketch"]["measures"][0]
+        return self.measure or self.index.sketch_of().measures[0]
 
     @property
     def used_query_draws(self) -> Draws:
@@ -77,7 +74,7 @@ class TRAK:
 
     @cached_property
     def _sketcher(self) -> Sketcher:
-        return Sketcher(self.index.model, Sketch.of(self.index.manifest.settings["sketch"]))
+        return Sketcher(self.index.model, self.index.sketch_of())
 
     def attribute(self, query: Query, candidates: Sequence[str] | None = None) -> Scores:
         """Scores every example, or the candidates; see `attribute_many`."""
@@ -105,13 +102,14 @@ class TRAK:
         asked = [self._sketcher.query(q, self.used_query_draws, self.batch_size) for q in queries]
         differentiated = time.monotonic()
         kernel = index.kernel(measure)
-        sample = [s for s in index.shards() if s.name in set(kernel.shards)]
-        rows = list(sample_rows(index, measure, sample))
-        directions = kernel.precondition(
-            rows, torch.cat([found[measure] for _, found in asked]), self.ridge
-        )
+        phi = torch.cat([found[measure] for _, found in asked])
+        sketched = sketched_rows(index, measure, kernel.rows)
+        directions = kernel.precondition(sketched, phi, self.ridge)
         solved = time.monotonic()
-        products = self._products(directions, len(queries))
+        products = without_own(
+            self._products(directions, len(queries)), kernel.rows.numpy(),
+            kernel.leverage(self.ridge).numpy(),
+        )  # fmt: skip
         about = {
             "measure": measure, "ridge": self.ridge, "length": sketch.length,
             "parameters": sketch.parameters, "query_draws": repr(self.used_query_draws),
@@ -141,9 +139,29 @@ class TRAK:
         return torch.cat(parts).numpy().reshape(shape).transpose(0, 1, 3, 2, 4)
 
 
+def without_own(products: np.ndarray, rows: np.ndarray, leverage: np.ndarray) -> np.ndarray:
+    """Takes the own term of those examples out of Φ that are in it.
+
+    Args:
+        products: [N, views, Q, 2, 2], halves of the example and of the query.
+        rows: [n] int, the examples that are in Φ, by the mean of the halves of their first view.
+        leverage: [n] in [0, 1), see `SketchKernel.leverage`.
+
+    Returns:
+        [N, views, Q, 2, 2]. Means over the example's halves grow by 1 / (1 - leverage); what
+        the halves disagree about is not in Φ, and stays.
+    """
+    found = products.copy()
+    means = products[rows, 0].mean(2, keepdims=True)  # [n, Q, 1, 2]
+    factors = 1 / np.maximum(1 - leverage, np.finfo(np.float64).eps)
+    found[rows, 0] += means * (factors - 1)[:, None, None, None]
+    return found
+
+
 def trak_scores(
-    kernel: np.ndarray, cross: np.ndarray, ridge: float, trained: np.ndarray | None = None
-) -> np.ndarray:
+    kernel: np.ndarray, cross: np.ndarray, ridge: float, trained: np.ndarray | None = None,
+    own: bool = True,
+) -> np.ndarray:  # fmt: skip
     """Scores a query by its gradient and the regularised kernel of the examples'.
 
     With Φ the gradients of the n examples that the model was trained on [n, P], φ the query's and
@@ -157,6 +175,8 @@ def trak_scores(
         cross: [N, Q] float64, inner products of the examples' gradients with the queries'.
         ridge: λ, relative to the mean of the trained examples' squared gradients.
         trained: [N] bool, the examples that the model was trained on; all if None.
+        own: whether an example that the model was trained on is itself in Φ, as published. It
+            then divides its own score, and examples that are not in Φ come to lead the ranking.
 
     Returns:
         [N, Q] float64; higher is more influential.
@@ -173,9 +193,12 @@ def trak_scores(
         raise ValueError(f"trak: trained is {seen.shape}, {seen.sum()} of {len(cross)} examples")
     inner = kernel[np.ix_(seen, seen)]
     absolute = ridge * np.trace(inner) / len(inner)
-    solved = np.linalg.solve(inner + absolute * np.eye(len(inner)), cross[seen])
+    ridged = inner + absolute * np.eye(len(inner))
+    solved = np.linalg.solve(ridged, cross[seen])
     scores = np.empty_like(cross)
     scores[seen] = solved
+    if not own:  # the diagonal of the inverse is (1 - leverage) / λ
+        scores[seen] /= (absolute * np.diag(np.linalg.inv(ridged)))[:, None]
     scores[~seen] = (cross[~seen] - kernel[np.ix_(~seen, seen)] @ solved) / absolute
     return scores
 

@@ -68,11 +68,13 @@ class Denoiser(ABC):
         Raises:
             ValueError: the selection matches nothing.
         """
-        named = dict(self.network.named_parameters())
         other = copy.copy(self)
-        names = select_parameters(named, parameters, self.presets)
-        other.parameters = {name: named[name] for name in names}
+        other.parameters = self._selected(parameters)
         return other
+
+    def _selected(self, parameters: str | Sequence[str]) -> dict[str, nn.Parameter]:
+        named = dict(self.network.named_parameters())
+        return {n: named[n] for n in select_parameters(named, parameters, self.presets)}
 
     @property
     def device(self) -> torch.device:

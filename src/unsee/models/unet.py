@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..query import Query
-from ..selection import select_parameters
 from .base import Denoiser
 
 logger = logging.getLogger(__name__)
@@ -67,9 +66,7 @@ class UNetDenoiser(Denoiser):
                 "'epsilon', 'v_prediction' or 'sample'"
             )
         self.num_train_timesteps = int(self.schedule.config["num_train_timesteps"])
-        named = dict(unet.named_parameters())
-        names = select_parameters(named, parameters, PRESETS)
-        self.parameters = {name: named[name] for name in names}
+        self.parameters = self._selected(parameters)
         # Blocks of other kinds read the text elsewhere, where a row must stand by each latent.
         readers = [
             name
