@@ -17,6 +17,17 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def random_functionals(example_id: str, caption: int, shape: tuple[int, ...]) -> Tensor:
+    """Returns standard normal numbers [*shape] float32, one functional of the output for each draw.
+
+    Gradients of a functional with such weights have Jᵀ J, summed over the output's elements, as
+    their second moment. Keyed as draws are, but the same for all seeds.
+    """
+    key = stable_seed("gauss-newton", example_id, caption)
+    normal = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape)
+    return torch.from_numpy(normal.astype(np.float32))
+
+
 Timesteps = Literal["stratified", "grid"] | tuple[float, float]
 """How timesteps are chosen, see `Draws`."""
 

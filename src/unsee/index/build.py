@@ -17,10 +17,10 @@ from .. import __version__
 from ..data.batches import gather
 from ..data.dataset import ImageDataset, OnError
 from ..data.latents import EncodedDataset, EncodedExamples, encode_dataset
-from ..draws import Draws
+from ..draws import Draws, random_functionals
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
-from .components import decompose
+from .components import DIFFERENCE_WEIGHT, decompose
 from .factors import Layer, Measure, Storage, example_factors, text_layers
 from .features import (
     Encoders,
@@ -38,6 +38,7 @@ COLUMNS: dict[str, str] = {
     "loss": "training loss of each view and draw: what forward re-evaluation compares with",
     "factors": "gradients of the loss: influence functions and AbU to first order",
     "outputs": "gradients of the output's norm (D-TRAK's): the output half of the default score",
+    "probes": "gradients of random functionals of the output: what larger steps add",
     "sketch": "gradients in any parameters, projected at random: TRAK and D-TRAK",
     "features": "what encoders see of a picture or caption: similarity",
 }
@@ -46,7 +47,10 @@ COLUMNS: dict[str, str] = {
 DEFAULT_ENCODERS = ("latent", "text")
 """Of the column `features`: they need nothing but what the index has."""
 
-MEASURES: dict[str, Measure] = {"factors": "loss", "outputs": "output_norm"}
+MEASURES: dict[str, Measure] = {
+    "factors": "loss", "outputs": "output_norm", "probes": "gauss_newton"
+}  # fmt: skip
+"""Columns of gradients, and what is differentiated for them."""
 
 Indexed = ImageDataset | EncodedExamples
 """What can be indexed: pictures with captions, or what is already encoded."""
@@ -316,9 +320,14 @@ def _columns(
               for c in range(encoded.caption_counts[r])]  # fmt: skip
     text = torch.cat(states) if states else torch.empty(0, 0, 0)
     for name, views in found.items():
+        factors, weight = torch.stack(views), DIFFERENCE_WEIGHT
+        if name == "probes":  # squares are averaged: over captions too, and halves count alike
+            counts = torch.tensor(encoded.caption_counts, dtype=torch.long)
+            roots = counts.double().sqrt().repeat_interleave(counts)
+            factors, weight = factors * roots[:, None, None, None].float(), 1.0
         tensors[name] = decompose(
-            torch.stack(views), text, encoded.caption_counts, layers,
-            manifest.settings["tolerance"], manifest.settings["storage"],
+            factors, text, encoded.caption_counts, layers, manifest.settings["tolerance"],
+            manifest.settings["storage"], weight,
         ).tensors  # fmt: skip
     return tensors
 
@@ -353,9 +362,16 @@ def _view(
         return total, {m: torch.zeros(0, 2, 0, channels) for m in measures}
     for first in range(0, len(jobs), examples):
         batch = jobs[first : first + examples]
+        gathered = gather(encoded, draws, batch, flipped)
+        shape = tuple(gathered[3].shape[1:])
+        functionals = None
+        if "gauss_newton" in measures:
+            functionals = torch.stack(
+                [random_functionals(encoded.ids[row], c, shape) for _, row, c in batch]
+            )
         with model.gradients_on():
             losses, factors = example_factors(
-                model, layers, gather(encoded, draws, batch, flipped), measures
+                model, layers, gathered, measures, functionals=functionals
             )
         _check_finite(losses, factors, [encoded.ids[row] for _, row, _ in batch])
         total.index_add_(0, torch.tensor([row for row, _, _ in batch]), losses.cpu().double())

@@ -103,7 +103,7 @@ class Components:
 
 def decompose(
     factors: Tensor, text: Tensor, captions: Sequence[int], layers: Sequence[Layer],
-    tolerance: float, storage: Storage,
+    tolerance: float, storage: Storage, difference_weight: float = DIFFERENCE_WEIGHT,
 ) -> Components:  # fmt: skip
     """Returns the components of n examples, their captions averaged.
 
@@ -116,6 +116,7 @@ def decompose(
         tolerance: share of an example's squared gradient, averaged over the layers that have one,
             that may be left out.
         storage: of the factors; text is kept in float16, or float32 with float32.
+        difference_weight: of half the difference of the halves, beside their mean.
     """
     sizes = torch.tensor(captions, dtype=torch.long)
     starts = sizes.cumsum(0) - sizes
@@ -128,7 +129,9 @@ def decompose(
             rows = starts[part, None] + torch.arange(count)
             of = factors[:, rows].transpose(2, 3).flatten(3, 4).double() / count
             basis, inside = _text_basis(text[rows].flatten(1, 2).double())
-            vectors, kept = _leading(inside.mT[None, :, None] @ of, layers, tolerance)
+            vectors, kept = _leading(
+                inside.mT[None, :, None] @ of, layers, tolerance, difference_weight
+            )
             for i, example in enumerate(part.tolist()):
                 u = vectors[:, i, :, : kept[i]].mT  # [views, r, tokens]
                 sides = (u[:, None] @ inside[i].mT @ of[:, i]).transpose(1, 2), u @ basis[i]
@@ -155,7 +158,9 @@ def _text_basis(states: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * inverse[:, None]).mT @ states, vectors * roots[:, None]
 
 
-def _leading(sides: Tensor, layers: Sequence[Layer], tolerance: float) -> tuple[Tensor, list[int]]:
+def _leading(
+    sides: Tensor, layers: Sequence[Layer], tolerance: float, difference_weight: float
+) -> tuple[Tensor, list[int]]:
     """Returns left singular vectors [views, n, T, T] of [views, n, 2, T, channels].
 
     The leading ones come first; also returned is how many each example needs.
@@ -167,7 +172,7 @@ def _leading(sides: Tensor, layers: Sequence[Layer], tolerance: float) -> tuple[
     for m, d in zip(mean.split(sizes, dim=-1), difference.split(sizes, dim=-1), strict=True):
         norm = m.square().sum((2, 3))
         scale = torch.where(norm > 0, 1 / norm, 0.0)[..., None, None]
-        gram = gram + scale * (m @ m.mT + DIFFERENCE_WEIGHT**2 * d @ d.mT)
+        gram = gram + scale * (m @ m.mT + difference_weight**2 * d @ d.mT)
         total = total + (norm > 0)
     values, vectors = torch.linalg.eigh(gram)
     left_out = values.clamp_min(0).cumsum(-1).flip(-1)  # where so many are kept, less one

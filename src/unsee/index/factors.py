@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from ..gradients import linear_owners, recorded
 from ..models.base import Denoiser
 
-Measure = Literal["loss", "output_norm"]
-"""Of what factors are: the denoising loss, or the mean square of the network's output (D-TRAK's,
-Zheng et al., ICLR 2024)."""
+Measure = Literal["loss", "output_norm", "gauss_newton"]
+"""What is differentiated.
+
+`loss`: the denoising loss. `output_norm`: the mean square of the network's output, D-TRAK's
+("Intriguing Properties of Data Attribution on Diffusion Models", Zheng et al., ICLR 2024).
+`gauss_newton`: a random linear functional of the outputs, whose gradients have the generalised
+Gauss-Newton matrix of the loss as their second moment (Mlodozeniec et al., ICLR 2025).
+"""
 
 Storage = Literal["int8", "float16", "float32"]
 """How factors are kept; int8 and float16 with a scale for each token of each layer."""
@@ -110,6 +115,7 @@ def example_factors(
     batch: tuple[Tensor, Tensor, Tensor, Tensor],
     measures: Sequence[Measure] = ("loss",),
     mask: Tensor | None = None,
+    functionals: Tensor | None = None,
 ) -> tuple[Tensor, dict[Measure, Tensor]]:
     """Runs B examples on their D draws, and one backward pass for each measure.
 
@@ -120,11 +126,13 @@ def example_factors(
             D is even.
         measures: what is differentiated.
         mask: [h, w] of zeros and ones; averages are over its cells only.
+        functionals: [B, D, C, h, w] standard normal, for the measure `gauss_newton`.
 
     Returns:
         losses [B, D] float32 (float64 for a float64 network), in the order of the draws; and for
         each measure the factors [B, 2, T, channels of all layers], averaged over the draws with
-        even and with odd numbers.
+        even and with odd numbers. Those of `gauss_newton` are sums over the draws, divided by the
+        root of their number: the average of what they are the second moment of.
 
     Raises:
         ValueError: D is odd.
@@ -133,11 +141,14 @@ def example_factors(
     count, draws = timesteps.shape
     if draws % HALVES:
         raise ValueError(f"index: {draws} draws do not make two halves; choose an even number")
-    # Row 2b is example b on its even draws, row 2b + 1 on its odd ones.
+
+    def halved(of_draws: Tensor) -> Tensor:
+        """Row 2b is example b on its even draws, row 2b + 1 on its odd ones."""
+        return of_draws.unflatten(1, (-1, HALVES)).transpose(1, 2).flatten(0, 1)
+
     rows = (
         latents.repeat_interleave(HALVES, 0), text.repeat_interleave(HALVES, 0),
-        timesteps.unflatten(1, (-1, HALVES)).mT.flatten(0, 1),
-        noise.unflatten(1, (-1, HALVES)).transpose(1, 2).flatten(0, 1),
+        halved(timesteps), halved(noise),
     )  # fmt: skip
     paths = [layer.name.rpartition(".")[0] for layer in layers]
     modules = {path: module for path, module in model.network.named_modules() if path in paths}
@@ -147,7 +158,11 @@ def example_factors(
     losses = mean_square(outputs - targets, mask)  # [2B, D/2]
     found: dict[Measure, Tensor] = {}
     for number, measure in enumerate(measures):
-        values = losses if measure == "loss" else mean_square(outputs, mask)
+        if measure == "gauss_newton":
+            assert functionals is not None
+            values = gauss_newton(outputs, halved(functionals)) * (draws / HALVES) ** 0.5
+        else:
+            values = losses if measure == "loss" else mean_square(outputs, mask)
         # With respect to the layers' outputs: the gradient of the weights is never formed.
         got = torch.autograd.grad(
             values.mean(1).sum(), seen, retain_graph=number + 1 < len(measures)
@@ -157,6 +172,15 @@ def example_factors(
         found[measure] = torch.cat(tokens, dim=2).unflatten(0, (count, HALVES))
     in_order = losses.detach().unflatten(0, (count, HALVES)).mT.flatten(1)
     return in_order, found
+
+
+def gauss_newton(outputs: Tensor, functionals: Tensor) -> Tensor:
+    """Returns [B, D] functionals of outputs [B, D, C, h, w].
+
+    The loss is the mean square of d elements: its Gauss-Newton matrix is 2/d of JᵀJ.
+    """
+    scale = (2 / outputs[0, 0].numel()) ** 0.5
+    return scale * (outputs * functionals.to(outputs)).sum(dim=(2, 3, 4))
 
 
 def mean_square(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,20 +14,12 @@ from tqdm.auto import tqdm
 
 from ..data.batches import gather
 from ..data.latents import EncodedExamples
-from ..draws import DrawSource, stable_seed
+from ..draws import DrawSource, random_functionals, stable_seed
 from ..files import settings_key, write_atomically
+from ..index.factors import Measure, gauss_newton
 from ..models.base import Denoiser
 from ..query import Query
 from .forward import load_array, save_array
-
-Measure = Literal["loss", "output_norm", "gauss_newton"]
-"""What is differentiated.
-
-`loss`: the denoising loss. `output_norm`: the mean square of the network's output, D-TRAK's
-("Intriguing Properties of Data Attribution on Diffusion Models", Zheng et al., ICLR 2024).
-`gauss_newton`: a random linear functional of the outputs, whose gradients have the generalised
-Gauss-Newton matrix of the loss as their second moment (Mlodozeniec et al., ICLR 2025).
-"""
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,9 @@ def _gradient(
     for caption in range(captions):
         latents, text, timesteps, noise = gather(data, draws, [(0, row, caption)])
         functional = (
-            _functional(noise, data.ids[row], caption) if measure == "gauss_newton" else None
+            random_functionals(data.ids[row], caption, tuple(noise.shape))
+            if measure == "gauss_newton"
+            else None
         )
         for d in range(0, draws.n, batch_size):
             part = slice(d, d + batch_size)
@@ -208,12 +201,6 @@ def _gradient(
     return flat
 
 
-def _functional(noise: Tensor, example_id: str, caption: int) -> Tensor:
-    key = stable_seed("gauss-newton", example_id, caption)
-    normal = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(noise.shape))
-    return torch.from_numpy(normal.astype(np.float32))
-
-
 def _values(
     model: Denoiser, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor,
     measure: Measure, functional: Tensor | None,
@@ -225,9 +212,7 @@ def _values(
     if measure == "output_norm":
         return outputs.square().mean(dim=(2, 3, 4))
     assert functional is not None
-    # The loss is the mean square of d elements: its Gauss-Newton matrix is 2/d of JᵀJ.
-    scale = (2 / outputs[0, 0].numel()) ** 0.5
-    return scale * (outputs * functional.to(outputs)).sum(dim=(2, 3, 4))
+    return gauss_newton(outputs, functional)
 
 
 def _differentiated(parameters: Mapping[str, torch.nn.Parameter], value: Tensor) -> list[Tensor]:

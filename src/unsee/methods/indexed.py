@@ -28,6 +28,9 @@ from .two_stage import reevaluate
 
 HALVES = 2
 
+PROBES = "probes"
+"""The column that adds the second order to the column `factors`."""
+
 BATCH_ROWS = 4096
 """Components that are scanned at once, or those of one shard: few would be many small products."""
 
@@ -61,6 +64,11 @@ class AbU:
     square of the network's output (whose gradients are D-TRAK's), and the score is the sum of
     both, each divided by its standard deviation over the index (docs/benchmark.md says why).
 
+    With the column `probes`, the rise of an example's loss counts to second order: g·δ + ½ δᵀGδ,
+    with g its gradient, δ the step and G the Gauss-Newton matrix of its loss, of which the probes
+    are an unbiased estimate. The part of the curvature that the residual has is left out. The size
+    of the step, `rise`, then matters.
+
     Every gradient is known twice, from even and from odd draws, for example and query: what the
     halves disagree about is the score's standard error.
 
@@ -68,8 +76,10 @@ class AbU:
         index: of the model's training data.
         curvature: divides the query's gradient, see `Index.curvature`, or `identity`.
         damping: of the curvature, relative to each layer's mean.
-        columns: whose scores count; by default all that the index has of `factors` and `outputs`.
-        rise: of the query's loss, which scores of a single column are scaled to.
+        columns: whose scores count; by default all that the index has of `factors`, `outputs` and
+            `probes`.
+        rise: of the query's loss, to first order: the size of the step. Scores of the column
+            `factors` alone are scaled to it.
         query_draws: timesteps and noise of the query, even in number, independent of the
             examples'; by default 64 of seed 1, in the part of the schedule that theirs are in.
         batch_size: draws of the query at once.
@@ -102,6 +112,8 @@ class AbU:
                 )
         if not self.used_columns:
             raise ValueError("the index has no column of gradients: build it with `factors`")
+        if PROBES in self.used_columns and "factors" not in self.used_columns:
+            raise ValueError("columns: 'probes' adds to what 'factors' says: name both")
 
     @property
     def used_columns(self) -> list[str]:
@@ -147,7 +159,7 @@ class AbU:
         if not queries:
             raise ValueError("there is no query")
         started = time.monotonic()
-        measures: dict[str, Measure] = {c: MEASURES[c] for c in self.used_columns}
+        measures: dict[str, Measure] = {c: MEASURES[c] for c in self.used_columns if c != PROBES}
         asked = [
             query_gradients(self.index, q, self.used_query_draws, list(measures.values()),
                             self.batch_size)
@@ -161,6 +173,8 @@ class AbU:
             seconds["directions"] += time.monotonic() - started
             started = time.monotonic()
             products = self._products(column, prepared)
+            if column == "factors" and PROBES in self.used_columns:
+                products = products + second_order(self._products(PROBES, prepared))
             seconds["scan"] += time.monotonic() - started
             if len(measures) > 1:  # means over halves, original view, standard deviation over N
                 spread = products[:, 0].mean((2, 3)).std(0)
@@ -184,7 +198,8 @@ class AbU:
             }  # fmt: skip
             values, errors = (a[rows] for a in with_errors(total[:, :, i]))
             ids = [self.index.ids[r] for r in rows]
-            found.append(Scores(ids, values, "AbU, first order", settings, query, errors))
+            order = "second" if PROBES in self.used_columns else "first"
+            found.append(Scores(ids, values, f"AbU, {order} order", settings, query, errors))
         return found
 
     def _directions(
@@ -221,6 +236,22 @@ class AbU:
         found = torch.cat(parts, dim=1).transpose(0, 1).numpy()  # [N, views, 2, 2Q]
         shape = *found.shape[:3], asked.count // HALVES, HALVES
         return found.reshape(shape).transpose(0, 1, 3, 2, 4)
+
+
+def second_order(products: np.ndarray) -> np.ndarray:
+    """Returns half the expected square of random functionals' products with a step.
+
+    Each half of an example's draws has functionals of its own: their mean square is unbiased.
+
+    Args:
+        products: [N, views, Q, 2, 2], halves of the example and of the query.
+
+    Returns:
+        [N, views, Q, 2, 2] whose mean over the query's halves is half the square of the mean, and
+        whose difference is that of the square, to first order.
+    """
+    mean = products.mean(-1, keepdims=True)
+    return 0.5 * mean * (2 * products - mean)
 
 
 def query_draws_for(index: Index, seed: int = 1, n: int = 64) -> Draws:
