@@ -549,3 +549,17 @@ def test_a_sketch_is_for_its_column(
     refused(
         capsys, built.attribute(tmp_path / "o", "--method", "trak"), "it has no column 'sketch'"
     )
+
+
+def test_probes_make_the_step_count(built: Run, tmp_path: Path, capsys) -> None:
+    run = Run(built.model, built.data, tmp_path / "run")
+    assert main([*run.index, "--columns", "factors", "probes"]) == 0
+    found = {}
+    for rise in ("0.01", "0.3"):
+        assert run.attribute(tmp_path / rise, "--rise", rise) == 0
+        found[rise] = Scores.load(tmp_path / rise / "scores.parquet")
+        assert found[rise].method == "AbU, second order"
+    assert not np.allclose(found["0.3"].values, 30 * found["0.01"].values)
+    code = run.attribute(tmp_path / "out", "--use-columns", "factors", "--rise", "0.1")
+    refused(capsys, code, "--rise needs --forward or the column `probes`")
+    assert run.attribute(tmp_path / "out", "--use-columns", "factors") == 0

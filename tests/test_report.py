@@ -241,6 +241,9 @@ def test_standard_errors_are_told_and_marked(data: ImageDataset) -> None:
     alone = Scores(data.ids, VALUES, "AbU, first order", {"columns": columns[:1]}, errors=errors)
     text = Page(render_page([alone], data)).text
     assert "when the picture is unlearned, to first order. " in text and "no unit" not in text
+    probed = Scores(data.ids, VALUES, "AbU, second order", {"columns": ["factors", "probes"]})
+    text = Page(render_page([probed], data)).text
+    assert "when the picture is unlearned, to second order. " in text and "no unit" not in text
 
 
 def test_self_influence_is_not_about_a_picture(data: ImageDataset) -> None:

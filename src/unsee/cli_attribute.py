@@ -31,7 +31,7 @@ OF_MODEL_AND_DATA = (
 )  # fmt: skip
 OF_RUN = ("method", "curvature", "use_columns", "forward", "shortlist", "ridge", "encoder")
 OF_FORWARD = ("rise", "shortlist")
-"""Of a run, only where it really unlearns."""
+"""Of a run, only where it really unlearns; the rise also where it has probes."""
 OF_METHOD = {
     "abu": ("curvature", "use_columns", "forward", "shortlist", "rise", "damping"),
     "trak": ("ridge",),
@@ -126,7 +126,10 @@ def _check(args: argparse.Namespace) -> None:
         if method == "similarity":
             refuse(OF_DRAWS, f"does nothing with --method {method}: leave it out")
         if not args.forward:
-            refuse(OF_FORWARD, "needs --forward: the first order unlearns nothing, and scores all")
+            refuse(["shortlist"], "needs --forward: all examples are scored without it")
+            if not _asks_probes(args):
+                refuse(["rise"], "needs --forward or the column `probes`: the order that the "
+                       "first order gives does not depend on the step")  # fmt: skip
         elif args.curvature == "identity":
             raise ValueError("--curvature identity does not go with --forward: unlearning needs a "
                              "curvature, use ekfac or diagonal_per_draw")  # fmt: skip
@@ -137,6 +140,14 @@ def _check(args: argparse.Namespace) -> None:
         )
     else:
         refuse(OF_RUN, "is for a run: `unsee index` makes one, and `unsee attribute RUN` asks it")
+
+
+def _asks_probes(args: argparse.Namespace) -> bool:
+    """Whether a run is asked for the second order, which depends on the size of the step."""
+    from .index.layout import read_manifest
+
+    has = read_manifest(Path(args.model)).settings["columns"]
+    return "probes" in has and (args.use_columns is None or "probes" in args.use_columns)
 
 
 def _from_model(args: argparse.Namespace) -> tuple:

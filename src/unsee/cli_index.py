@@ -37,7 +37,8 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="its folder")
     command.add_argument("--columns", nargs="+", default=["loss", "factors", "outputs"],
-                         help="what to keep: loss, factors, outputs, sketch, features")  # fmt: skip
+                         help="what to keep: loss, factors, outputs, probes, sketch, "
+                         "features")  # fmt: skip
     command.add_argument("--encoders", nargs="+", default=[], metavar="ENCODER",
                          help="of the features: latent, text, pixel, or the folder of a vision "
                          "model of transformers (default: latent text)")  # fmt: skip
@@ -87,7 +88,7 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
                        "the loss or the output, similarity features (default: abu)")  # fmt: skip
     group.add_argument("--curvature", default="ekfac", choices=CURVATURES)
     group.add_argument("--use-columns", nargs="+", metavar="COLUMN",
-                       help="factors, outputs or both (default: what the run has)")  # fmt: skip
+                       help="factors, outputs, probes (default: what the run has)")  # fmt: skip
     group.add_argument("--forward", action="store_true", help="really unlearn the picture, and "
                        "score the best of the first order by it")  # fmt: skip
     group.add_argument("--shortlist", type=positive, default=200, help="how many of them")

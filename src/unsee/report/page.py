@@ -129,6 +129,8 @@ def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
 def _reading(results: Sequence[Scores]) -> Markup:
     """Says how to read a score."""
     columns = {c for scores in results for c in scores.settings.get("columns", ())}
+    order = "second" if "probes" in columns else "first"
+    columns -= {"probes"}  # they add to what the factors say
     whole = ". Scores compare within one query, not between queries."
     how: tuple[str | Markup, ...]
     if _by_heart(results):
@@ -141,7 +143,7 @@ def _reading(results: Sequence[Scores]) -> Markup:
     elif all(scores.method.startswith("AbU") for scores in results) and columns <= {"factors"}:
         how = (
             "The score is the rise of this training image’s loss when the picture is unlearned",
-            ", to first order. " if columns else ". ",
+            f", to {order} order. " if columns else ". ",
             element("b", "Positive: the model forgot it too", class_="up"),
             ", so the picture leaned on it. ",
             element("b", "Negative: its loss fell", class_="down"),
