@@ -89,7 +89,8 @@ def build(case: Case, count: int, rounds: int) -> dict[str, Any]:
     """Times builds against bare passes over the same batches and draws, in turn."""
     model, data, draws = case.build(), examples(case, count), Draws(0, case.draws)
     columns = {"loss and factors": ("loss", "factors"),
-               "with outputs": ("loss", "factors", "outputs")}  # fmt: skip
+               "with outputs": ("loss", "factors", "outputs"),
+               "with probes": ("loss", "factors", "outputs", "probes")}  # fmt: skip
     # A sketch is of all parameters: it is held against passes with their gradients.
     times: dict[str, list[float]] = {
         name: [] for name in ("bare", *columns, "bare, all parameters", "loss and sketch")

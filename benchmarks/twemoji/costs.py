@@ -73,6 +73,7 @@ class Costs:
         for name, columns in (
             ("AbU(index), both columns", ("loss", "factors", "outputs")),
             ("AbU(index), loss only", ("loss", "factors")),
+            ("AbU(index), both columns and probes", ("loss", "factors", "outputs", "probes")),
         ):
             once, index = timed(partial(self._built, folder / name, columns))
             self._ask(name, once, AbU(index))
