@@ -1,7 +1,8 @@
 """Confirms a choice on halves that were trained after it: python benchmarks/twemoji/confirm.py WORK
 
 The default of AbU on an index was chosen when halves 1 to 8 and 33 to 40 were measured. This
-judges it, and what it is held against, on all others, with settings as they were then.
+judges it, and what it is held against, on all others, with settings as they were then. What was
+thought of later has seen them all, and is shown beside it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,20 @@ CHOICE = "index, EK-FAC loss + output norm, damping 0.1"
 OTHERS = (
     "influence, diagonal per draw, damping 0.01",
     "AbU, damped Fisher, rise 0.05",
+    "AbU, damped Fisher, rise 0.25",
+    "AbU, EK-FAC averaged, rise 0.05",
+    "AbU, EK-FAC averaged, rise 0.25",
     "influence, EK-FAC averaged, damping 1",
+    "index, EK-FAC loss, damping 0.1",
+    "index to second order, EK-FAC loss, damping 0.1, rise 0.1",
+    "index to second order, EK-FAC loss + output norm, damping 0.1, rise 0.02",
+    "index of 32 draws, EK-FAC loss + output norm, damping 0.1",
+    "index of 8 draws, EK-FAC loss + output norm, damping 0.1",
+    "index of 8 draws from 0.5 to 1, EK-FAC loss + output norm, damping 0.1",
+    "index of 2 draws from 0.75 to 1, EK-FAC loss + output norm, damping 0.1",
     "D-TRAK, all parameters, ridge 0.1",
+    "D-TRAK without own term, all parameters, ridge 0.1",
+    "D-TRAK, sketch of 16384, ridge 0.1",
     "EK-FAC averaged + output norm, EK-FAC, damping 0.1",
     "EK-FAC averaged + D-TRAK, K and V, damping 0.1",
 )
@@ -32,7 +45,8 @@ OTHERS = (
 FIRST, OUTPUTS = "index, EK-FAC loss, damping 0.1", "index, EK-FAC output norm, damping 0.1"
 """The two scores that are added up in the choice."""
 
-FORWARD = ("AbU, EK-FAC averaged, rise 0.05", "AbU, damped Fisher, rise 0.05")
+FORWARD = ("AbU, EK-FAC averaged, rise 0.05", "AbU, EK-FAC averaged, rise 0.25",
+           "AbU, damped Fisher, rise 0.05")  # fmt: skip
 """Real unlearning, which may take the place of the first."""
 
 SHORTLIST = 200
