@@ -191,12 +191,16 @@ class Sketcher:
         return total / timesteps.shape[1], found
 
     def _project(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Returns [length] float64, so that the order of additions is not seen in what is kept."""
+        """Returns [length] float64."""
         device = self._places[0].device
+        # A CPU adds one after another. CUDA adds in any order: float64 hides it.
+        dtype = torch.float64 if device.type == "cuda" else torch.float32
         total = torch.zeros(self.sketch.length, dtype=torch.float64, device=device)
         for gradient, places, signs in zip(gradients, self._places, self._signs, strict=True):
             if gradient is not None:
-                total.index_add_(0, places, wide(gradient.detach().flatten()) * signs)
+                part = torch.zeros(self.sketch.length, dtype=dtype, device=device)
+                flat = gradient.detach().flatten().to(device, dtype)
+                total += part.index_add_(0, places, flat * signs)
         return total.cpu()
 
 
