@@ -1,7 +1,7 @@
 """Scores the benchmark's queries from sketches: python benchmarks/twemoji/sketch.py WORK
 
 Writes WORK/scores/METHOD, sketch of N, ridge R.npy for judge.py, and sketch.json: rank correlation
-of these scores with those of the exact kernel.
+of these scores with those of the exact kernel, without own terms as they are.
 Needs the index that index.py and the exact scores that score.py leave in WORK.
 """
 
@@ -54,7 +54,9 @@ def main() -> None:
                 total = combined_values([default, found.T]).T
                 path = work / "scores" / f"index + {name}, sketch of {length}, ridge {ridge:g}.npy"
                 np.save(path, total)
-            exact = np.load(work / "scores" / f"{name}, all parameters, ridge {ridge:g}.npy")
+            exact = np.load(
+                work / "scores" / f"{name} without own term, all parameters, ridge {ridge:g}.npy"
+            )
             r = [float(spearman(a, b)) for a, b in zip(found, exact, strict=True)]
             rows.append({"method": name, "length": length, "ridge": ridge, "bytes_an_example": size,
                          "rank_correlation": [min(r), float(np.mean(r))]})  # fmt: skip

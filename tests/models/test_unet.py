@@ -311,3 +311,18 @@ def test_an_unet_that_takes_more_than_latents_is_refused(tiny_pipeline):
     tiny_pipeline.unet = UNet2DConditionModel(**{**TINY, "in_channels": 9})
     with pytest.raises(ValueError, match=r"9 .* 4"):
         Denoiser.from_pipeline(tiny_pipeline)
+
+
+def test_the_same_network_with_other_parameters_selected() -> None:
+    model = build(prediction="v_prediction")
+    before = list(model.parameters)
+    other = model.selecting("*conv_in*")
+    assert list(other.parameters) == ["conv_in.weight", "conv_in.bias"]
+    assert list(model.parameters) == before and other.network is model.network
+    assert other.fingerprint() == model.fingerprint()
+    with other.gradients_on():
+        assert {n for n, p in model.network.named_parameters() if p.requires_grad} == set(
+            other.parameters
+        )
+    with pytest.raises(ValueError, match="'nothing' matches none of the model's"):
+        model.selecting("nothing")
