@@ -531,7 +531,7 @@ def test_similarity_answers_from_a_run(whole: Run, tmp_path: Path, encoder: str)
         (["--ridge", "1"], "--ridge does nothing with --method abu"),
         (["--method", "similarity", "--ridge", "1"], "--ridge does nothing with --method simil"),
         (["--method", "similarity"], "--query-draws does nothing with --method similarity"),
-        (["--method", "d-trak", "--ridge", "0"], "ridge = 0.0 must be positive"),
+        (["--method", "d-trak", "--ridge", "0"], "ridge = 0.0 must be at least 0.0001"),
         ([], "the index has no column of gradients"),
     ],
 )

@@ -22,6 +22,9 @@ from unsee.evaluation.metrics import decoy_share, lds, noise_ceiling
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
 from unsee.methods.base import Scores
 
+FEWEST_QUERIES = 2
+"""Of a row of the table: an interval over queries needs two."""
+
 TOP = 50
 """Of which the decoy share is taken; a random ranking has a tenth."""
 
@@ -63,6 +66,8 @@ def judged(benchmark: Benchmark, methods: dict[str, np.ndarray], reference: str)
     for value, name in best.values():
         scores = methods[name]
         have = ~tuning & np.isfinite(scores).all(1)
+        if have.sum() < FEWEST_QUERIES:  # it is still being scored
+            continue
         row = {"method": family(name), "chosen": name, "queries": int(have.sum()),
                "subsets": len(masks), "tuned_lds": value}  # fmt: skip
         estimate = lds_interval(scores[have], masks, losses[:, have])

@@ -29,7 +29,7 @@ EXACT = {"columns": ("sketch",), "storage": "float32"}
 
 
 def rows(index: Index, measure: str = "output_norm") -> torch.Tensor:
-    """Returns all rows [N, views, 2, length]."""
+    """Returns all rows [N, 2, length]."""
     return torch.cat([dequantise_rows(index.sketches(measure, s)) for s in index.shards()])  # type: ignore[arg-type]
 
 
@@ -47,24 +47,24 @@ def table(sketcher: Sketcher) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("measure", ["loss", "output_norm"])
 @pytest.mark.parametrize("parameters", ["all", ("*attn1*", "conv_out*")])
 def test_rows_are_projections_of_whole_gradients(model, data, tmp_path, measure, parameters):
-    """Of every example, view and half, by one backward pass each and a dense matrix."""
+    """Of every example and half, by one backward pass each and a dense matrix."""
     sketch = Sketch(64, parameters, (measure,))
     index = build_index(tmp_path, model, data.select(data.ids[:3]), flips=True, sketch=sketch,
                         **EXACT)  # fmt: skip
     sketcher = Sketcher(model, sketch)
     matrix = table(sketcher)
     whole = sketcher.model
-    for row, view, half in np.ndindex(3, 2, 2):
+    for row, half in np.ndindex(3, 2):
         total = torch.zeros(64, dtype=torch.float64)
         for caption in range(data.caption_counts[row]):
-            latents, text, t, e = gather(data, DRAWS, [(0, row, caption)], bool(view))
+            latents, text, t, e = gather(data, DRAWS, [(0, row, caption)])
             with whole.gradients_on():
                 outputs, targets = whole.predict(latents, text, t[:, half::2], e[:, half::2])
                 values = outputs if measure == "output_norm" else outputs - targets
                 gradient = mean_gradient(values.square().mean((2, 3, 4)), whole.parameters)
             total += sum(g.flatten() @ matrix[n] for n, g in gradient.items())
         expected = total / data.caption_counts[row]
-        found = rows(index, measure)[row, view, half].double()
+        found = rows(index, measure)[row, half].double()
         # float32 gradients of other batches, added up in another order.
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 

@@ -335,13 +335,9 @@ def _columns(
 def _sketches(
     manifest: Manifest, encoded: EncodedDataset, sketcher: Sketcher, batch_size: int
 ) -> dict[str, Tensor]:
-    """Returns rows [n, views, 2, length] and scales [n, views, 2] for each measure."""
-    draws = draws_of(manifest)
-    views = [sketcher.examples(encoded, draws, flipped, batch_size)
-             for flipped in (False, True)[: manifest.settings["views"]]]  # fmt: skip
+    """Returns rows [n, 2, length] and scales [n, 2] for each measure; none of mirrored views."""
     tensors: dict[str, Tensor] = {}
-    for measure in sketcher.sketch.measures:
-        rows = torch.stack([view[measure] for view in views], dim=1)
+    for measure, rows in sketcher.examples(encoded, draws_of(manifest), batch_size).items():
         stored = quantise_rows(rows, manifest.settings["storage"])
         tensors |= {measure: stored.values, f"{measure}.scales": stored.scales}
     return tensors

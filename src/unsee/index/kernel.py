@@ -103,14 +103,14 @@ class SketchKernel:
 
 
 def sketched_rows(index: Index, measure: Measure, rows: Tensor) -> Tensor:
-    """Returns [n, F] float32 of some examples: means of both halves, of pictures as they are."""
+    """Returns [n, F] float32 of some examples: means of both halves."""
     wanted, found, first = set(rows.tolist()), [], 0
     for shard in index.shards():
         stored = index.sketches(measure, shard)
         places = [p for p in range(len(stored.values)) if first + p in wanted]
         first += len(stored.values)
         if places:
-            found.append(dequantise_rows(stored.select(places))[:, 0].mean(1))
+            found.append(dequantise_rows(stored.select(places)).mean(1))
     return torch.cat(found)
 
 

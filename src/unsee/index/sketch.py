@@ -68,8 +68,8 @@ class StoredRows:
     """Rows as they are stored.
 
     Attributes:
-        values: [n, views, 2, length] int8, float16 or float32.
-        scales: [n, views, 2] float32; a row is its values times its scale.
+        values: [n, 2, length] int8, float16 or float32, in two halves of the draws.
+        scales: [n, 2] float32; a row is its values times its scale.
     """
 
     values: Tensor
@@ -108,7 +108,7 @@ class Sketcher:
             self._signs.append(torch.from_numpy(signs).to(device))
 
     def examples(
-        self, encoded: EncodedDataset, draws: Draws, flipped: bool, batch_size: int
+        self, encoded: EncodedDataset, draws: Draws, batch_size: int
     ) -> dict[Measure, Tensor]:
         """Returns measure -> rows [n, 2, length] float32: means over captions and half the draws.
 
@@ -126,7 +126,7 @@ class Sketcher:
             for row, identifier in enumerate(encoded.ids):
                 count = encoded.caption_counts[row]
                 for caption in range(count):
-                    batch = gather(encoded, draws, [(row, row, caption)], flipped)
+                    batch = gather(encoded, draws, [(row, row, caption)])
                     for measure, value in self._halves(batch, None, batch_size)[1].items():
                         found[measure][row] += (value / count).float()
                 for rows in found.values():

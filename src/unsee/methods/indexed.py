@@ -255,8 +255,18 @@ def second_order(products: np.ndarray) -> np.ndarray:
 
 
 def query_draws_for(index: Index, seed: int = 1, n: int = 64) -> Draws:
-    """Returns draws of a query in the part of the noise schedule that the examples' are in."""
-    return dataclasses.replace(index.draws, seed=seed, n=n)
+    """Returns draws of a query in the part of the noise schedule that the examples' are in.
+
+    Raises:
+        ValueError: there are not as many timesteps in that part.
+    """
+    part = index.draws.timesteps
+    try:
+        return dataclasses.replace(
+            index.draws, seed=seed, n=n, timesteps="stratified" if isinstance(part, str) else part
+        )
+    except ValueError as error:
+        raise ValueError(f"query_draws: {error}; ask for fewer (--query-draws)") from None
 
 
 def check_query_draws(draws: Draws, model: Denoiser) -> None:

@@ -25,6 +25,10 @@ from .indexed import check_query_draws, query_draws_for, rows_of, with_errors
 NAMES: dict[Measure, str] = {"loss": "TRAK", "output_norm": "D-TRAK"}
 
 
+SMALLEST_RIDGE = 1e-4
+"""Rounding of a scan in float32 is then a hundredth of the scores; at 1e-6 it is all of them."""
+
+
 @dataclass(frozen=True)
 class TRAK:
     """TRAK, or D-TRAK, from the column `sketch` of an index.
@@ -44,7 +48,8 @@ class TRAK:
     Attributes:
         index: of the training data, with the column `sketch`.
         measure: `output_norm` (D-TRAK) or `loss` (TRAK); by default the index's first.
-        ridge: λ, relative to the mean squared length of the examples' rows.
+        ridge: λ, relative to the mean squared length of the examples' rows; at least 1e-4, since
+            rows are scanned in float32.
         query_draws: timesteps and noise of the query, even in number, independent of the
             examples'; by default 64 of seed 1, in the part of the schedule that theirs are in.
         batch_size: draws of the query at once.
@@ -58,8 +63,8 @@ class TRAK:
 
     def __post_init__(self) -> None:
         self.index.sketch_of(self.measure)
-        if not self.ridge > 0:
-            raise ValueError(f"trak: ridge = {self.ridge} must be positive")
+        if not self.ridge >= SMALLEST_RIDGE:
+            raise ValueError(f"trak: ridge = {self.ridge} must be at least {SMALLEST_RIDGE:g}")
         check_query_draws(self.used_query_draws, self.index.model)
 
     @property
@@ -88,7 +93,8 @@ class TRAK:
 
         Returns:
             For each query, scores in the order of `index.ids` or of the candidates, with standard
-            errors; of mirrored views, the larger.
+            errors. There are no mirrored views: the picture itself, which is in Φ, would make
+            their products small.
 
         Raises:
             ValueError: there is no query, an unknown candidate, or a query whose gradient is not
@@ -126,16 +132,14 @@ class TRAK:
         return found
 
     def _products(self, directions: torch.Tensor, queries: int) -> np.ndarray:
-        """Returns products [N, views, Q, 2, 2] (halves of example, of query)."""
+        """Returns products [N, 1, Q, 2, 2] (one view; halves of example, of query)."""
         asked = directions.float().to(self.index.model.device)
         parts = []
         for shard in self.index.shards():
             stored = self.index.sketches(self.used_measure, shard)
-            found = scan_rows(stored.values.flatten(0, 2), asked).cpu().double()
-            parts.append((found * stored.scales.flatten()[:, None]).unflatten(
-                0, stored.scales.shape))  # fmt: skip
-        views = self.index.manifest.settings["views"]
-        shape = -1, views, HALVES, queries, HALVES
+            found = scan_rows(stored.values.flatten(0, 1), asked).cpu().double()
+            parts.append(found * stored.scales.flatten()[:, None])
+        shape = -1, 1, HALVES, queries, HALVES
         return torch.cat(parts).numpy().reshape(shape).transpose(0, 1, 3, 2, 4)
 
 
@@ -143,13 +147,13 @@ def without_own(products: np.ndarray, rows: np.ndarray, leverage: np.ndarray) ->
     """Takes the own term of those examples out of Φ that are in it.
 
     Args:
-        products: [N, views, Q, 2, 2], halves of the example and of the query.
-        rows: [n] int, the examples that are in Φ, by the mean of the halves of their first view.
+        products: [N, 1, Q, 2, 2], halves of the example and of the query.
+        rows: [n] int, the examples that are in Φ, by the mean of their halves.
         leverage: [n] in [0, 1), see `SketchKernel.leverage`.
 
     Returns:
-        [N, views, Q, 2, 2]. Means over the example's halves grow by 1 / (1 - leverage); what
-        the halves disagree about is not in Φ, and stays.
+        [N, 1, Q, 2, 2]. Means over the example's halves grow by 1 / (1 - leverage); what the
+        halves disagree about is not in Φ, and stays, nearly.
     """
     found = products.copy()
     means = products[rows, 0].mean(2, keepdims=True)  # [n, Q, 1, 2]
