@@ -49,6 +49,15 @@ FORWARD = ("AbU, EK-FAC averaged, rise 0.05", "AbU, EK-FAC averaged, rise 0.25",
            "AbU, damped Fisher, rise 0.05")  # fmt: skip
 """Real unlearning, which may take the place of the first."""
 
+STEPS = (
+    ("AbU, damped Fisher, rise 0.25", "AbU, damped Fisher, rise 0.05"),
+    ("AbU, damped Fisher, rise 1", "AbU, damped Fisher, rise 0.25"),
+    ("AbU, EK-FAC averaged, rise 0.25", "AbU, EK-FAC averaged, rise 0.05"),
+    ("index to second order, EK-FAC loss, damping 0.1, rise 0.1",
+     "index, EK-FAC loss, damping 0.1"),
+)  # fmt: skip
+"""Larger steps, and the smaller ones that they are held against."""
+
 SHORTLIST = 200
 
 
@@ -100,6 +109,11 @@ def main() -> None:
             over = text(paired_difference(choice[asked], scores[asked], masks, of), True)
         lds = text(lds_interval(scores[asked], masks, of))
         print(f"| {name} | {asked.sum()} | {lds} | {over} |")
+    for larger, smaller in STEPS:
+        a, b = methods[larger], methods[smaller]
+        asked = np.isfinite(a).all(1) & np.isfinite(b).all(1)
+        gain = paired_difference(a[asked], b[asked], masks, losses[:, asked])
+        print(f"{larger} over {smaller}: {text(gain, True)}, {asked.sum()} queries")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--use-columns", nargs="+", metavar="COLUMN",
                        help="factors, outputs, probes (default: what the run has)")  # fmt: skip
     group.add_argument("--forward", action="store_true", help="really unlearn the picture, and "
-                       "score the best of the first order by it")  # fmt: skip
+                       "score the best of the index by it")  # fmt: skip
     group.add_argument("--shortlist", type=positive, default=200, help="how many of them")
     group.add_argument("--ridge", type=float, default=0.1, help="of trak and d-trak, relative to "
                        "the mean squared gradient (default: 0.1)")  # fmt: skip

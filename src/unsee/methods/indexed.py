@@ -146,7 +146,7 @@ class AbU:
     def attribute_many(
         self, queries: Sequence[Query], candidates: Sequence[str] | None = None
     ) -> list[Scores]:
-        """Scores several queries to first order, in one pass over the index.
+        """Scores several queries in one pass over the index; nothing is unlearned.
 
         Returns:
             For each query, scores in the order of `index.ids` or of the candidates, with standard
