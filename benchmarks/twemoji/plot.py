@@ -28,7 +28,10 @@ SHOWN = (
     "AbU, damped Fisher, rise 0.05", "AbU, EK-FAC averaged, rise 0.05",
     "l-RelatIF, EK-FAC averaged", "renormalised, EK-FAC averaged", "second order, EK-FAC averaged",
     "TRAK, K and V", "TRAK, all parameters", "similarity, text", "similarity, pixel",
-    "similarity, latent", "random",
+    "similarity, latent", "random", "AbU, damped Fisher, rise 0.25",
+    "AbU, EK-FAC averaged, rise 0.25", "index to second order, EK-FAC loss",
+    "D-TRAK without own term, all parameters", "D-TRAK, sketch of 16384",
+    "influence, little noise, EK-FAC", "influence, most noise, EK-FAC",
 )  # fmt: skip
 """Of the families in results.json, one of each kind; all are in the table."""
 
