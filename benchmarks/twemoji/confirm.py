@@ -79,6 +79,17 @@ def two_stages(methods: dict[str, np.ndarray], forward: str) -> dict[str, np.nda
     }
 
 
+def print_steps(methods: dict[str, np.ndarray], masks: np.ndarray, losses: np.ndarray,
+                queries: np.ndarray) -> None:  # fmt: skip
+    """Prints what each larger step gains, over those of the queries that have both."""
+    for larger, smaller in STEPS:
+        a, b = methods[larger], methods[smaller]
+        asked = queries & np.isfinite(a).all(1) & np.isfinite(b).all(1)
+        if asked.sum() > 1:  # an interval needs two
+            gain = paired_difference(a[asked], b[asked], masks, losses[:, asked])
+            print(f"{larger} over {smaller}: {text(gain, True)}, {asked.sum()} queries")
+
+
 def text(e: Estimate, signed: bool = False) -> str:
     form = "+.3f" if signed else ".3f"
     return f"{e.value:{form}} [{e.low:{form}}, {e.high:{form}}]"
@@ -109,11 +120,10 @@ def main() -> None:
             over = text(paired_difference(choice[asked], scores[asked], masks, of), True)
         lds = text(lds_interval(scores[asked], masks, of))
         print(f"| {name} | {asked.sum()} | {lds} | {over} |")
-    for larger, smaller in STEPS:
-        a, b = methods[larger], methods[smaller]
-        asked = np.isfinite(a).all(1) & np.isfinite(b).all(1)
-        gain = paired_difference(a[asked], b[asked], masks, losses[:, asked])
-        print(f"{larger} over {smaller}: {text(gain, True)}, {asked.sum()} queries")
+    print("\nJudged queries, the halves above")
+    print_steps(methods, masks, losses, ~benchmark.tuning)
+    print("\nQueries to tune on, halves to tune on")
+    print_steps(methods, *outcomes.half(tune=True), benchmark.tuning)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def judged(benchmark: Benchmark, methods: dict[str, np.ndarray], reference: str)
     kinds = np.array([q.id.startswith("member") for q in benchmark.queries])
     best: dict[str, tuple[float, str]] = {}
     for name, scores in methods.items():
-        if family(name) == name and np.isnan(scores[tuning]).all():
-            best[name] = (float("nan"), name)  # nothing was tuned
+        if family(name) == name and np.isnan(scores[tuning]).any():
+            best[name] = (float("nan"), name)  # nothing was tuned, or not on every query
             continue
         value = float(lds(scores[tuning], tune_masks, tune_losses[:, tuning]).mean())
         best[family(name)] = max(best.get(family(name), (-np.inf, "")), (value, name))

@@ -33,10 +33,12 @@ from unsee.evaluation.leave_out import (
     TOGETHER,
     Removal,
     count_of,
+    leave_out_differences,
     leave_out_effects,
     plan_removals,
     plan_together,
     table_of,
+    table_of_differences,
 )
 from unsee.evaluation.twemoji import Benchmark, load_benchmark, shipped
 from unsee.files import write_atomically
@@ -161,6 +163,7 @@ def main() -> None:
             else:
                 add(future.result())
     print("\n".join(table_of(leave_out_effects(rows))))
+    print("\n".join(table_of_differences(leave_out_differences(rows))))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .draws import Draws
 from .files import settings_key
 from .index.fisher import fit_diagonal_fisher
 from .methods.base import Scores
-from .methods.unlearning import ForwardAbU
+from .methods.unlearning import RISE, ForwardAbU
 from .models.base import Denoiser
 from .query import Query
 from .report import write_report
@@ -112,7 +112,7 @@ def attributor(
     *,
     draws: int = 10,
     query_draws: int = 200,
-    rise: float = 0.05,
+    rise: float = RISE,
     step_size: float | None = None,
     steps: int = 1,
     damping: float = 0.1,

@@ -81,8 +81,10 @@ def add_method_options(command: argparse.ArgumentParser) -> None:
     method = command.add_argument_group("method")
     method.add_argument("--draws", type=positive, default=10, help="draws per training example")
     method.add_argument("--query-draws", type=positive, default=200)
-    method.add_argument("--rise", type=float, default=0.05,
-                        help="unlearn until the picture's own loss rose by this share")  # fmt: skip
+    method.add_argument(
+        "--rise", type=float, help="unlearn until the picture's own loss rose by this share "
+        "(default: 0.25; 0.05 for the second order that a run has without --forward)",
+    )  # fmt: skip
     method.add_argument("--step-size", type=float, help="fixed step instead; the paper's is 0.01/N")
     method.add_argument("--steps", type=positive, default=1, help="unlearning steps")
     method.add_argument("--damping", type=float, default=0.1, help="0 is the published update")
@@ -152,13 +154,15 @@ def _asks_probes(args: argparse.Namespace) -> bool:
 
 def _from_model(args: argparse.Namespace) -> tuple:
     from .attribution import attribute_to_files
+    from .methods.unlearning import RISE
 
     opened = _picture(args)
     model, data = open_model_and_data(args)
     scores, paths = attribute_to_files(
         model, data, _query(args, model, opened), args.out, work=args.work, top=args.top,
         on_error="skip" if args.skip_bad else "raise", draws=args.draws,
-        query_draws=args.query_draws, rise=args.rise, step_size=args.step_size, steps=args.steps,
+        query_draws=args.query_draws, rise=RISE if args.rise is None else args.rise,
+        step_size=args.step_size, steps=args.steps,
         damping=args.damping, flips=args.flips, seed=args.method_seed, batch_size=args.batch_size,
     )  # fmt: skip
     return scores, paths, data

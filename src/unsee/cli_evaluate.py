@@ -157,7 +157,12 @@ def _add_counterfactual(kinds: argparse._SubParsersAction) -> None:
 def _counterfactual(args: argparse.Namespace) -> int:
     from .demo import write_demo_model
     from .evaluation.counterfactual import evaluate_removals, read_queries, read_rankings
-    from .evaluation.leave_out import count_of, table_of
+    from .evaluation.leave_out import (
+        count_of,
+        leave_out_differences,
+        table_of,
+        table_of_differences,
+    )
     from .evaluation.retrain import check_command
 
     queries = read_queries(args.queries)
@@ -187,6 +192,8 @@ def _counterfactual(args: argparse.Namespace) -> int:
         random=args.random, seed=args.seed, draws=args.draws, level=args.level,
     )  # fmt: skip
     print("\n".join(table_of(result.effects)))
+    if apart := leave_out_differences(result.rows, level=args.level):
+        print("\n".join(table_of_differences(apart)))
     print(f"change of the mean over queries, with {args.level:.0%} intervals; every outcome is in "
           f"{args.out / f'k{k}' / 'outcomes.parquet'}")  # fmt: skip
     for run in result.failed:

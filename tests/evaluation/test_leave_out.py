@@ -3,13 +3,16 @@ import pytest
 
 from unsee.evaluation.intervals import counterfactual_effect
 from unsee.evaluation.leave_out import (
+    FULL,
     MEASURES,
     RANDOM,
     count_of,
+    leave_out_differences,
     leave_out_effects,
     plan_removals,
     plan_together,
     table_of,
+    table_of_differences,
 )
 
 IDS = [f"example-{i}" for i in range(50)]
@@ -137,6 +140,23 @@ def test_effects_of_a_part(rows, values):
     assert leave_out_effects([r for r in rows if r["method"] == "none"]) == []
     with pytest.raises(ValueError, match="'a' was not measured under the full model"):
         leave_out_effects([r for r in rows if r["method"] != "none"])
+
+
+def test_methods_are_compared_query_by_query() -> None:
+    loss = {"one": {"a": 3.0, "b": 5.0, "c": 1.0}, "two": {"a": 1.0, "b": 4.0}, "few": {"a": 0.0}}
+    rows = [
+        {"run": f"{m}-{q}", "method": m, "k": 2, "removed_for": q, "query": measured,
+         "loss": value + (0 if measured == q else 100)}
+        for m, own in loss.items() for q, value in own.items() for measured in "abc"
+    ]  # fmt: skip
+    rows.append({**rows[0], "method": RANDOM, "removed_for": ""})
+    rows.append({**rows[0], "method": FULL, "k": 0, "removed_for": ""})
+    (found,) = leave_out_differences(rows)
+    assert (found.k, found.one, found.other, found.queries) == (2, "one", "two", 2)
+    assert found.difference.value == pytest.approx(1.5)
+    # Student's t of one degree of freedom: 12.706, times the standard error of 2 and 1.
+    assert found.difference.low == pytest.approx(1.5 - 12.706 * 0.5, abs=1e-3)
+    assert "| 2 | loss | one | two | 2 | +1.5000" in table_of_differences([found])[2]
 
 
 def test_together_every_method_removes_as_many_in_turns_over_queries() -> None:

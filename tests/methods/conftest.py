@@ -58,7 +58,9 @@ class Setting:
     data: EncodedDataset
 
     def abu(self, **options: Any) -> ForwardAbU:
-        defaults = {"draws": Draws(n=4), "query_draws": Draws(seed=1, n=10)}
+        # Keys and values of a network that was never trained cannot raise its loss by the
+        # default of 25%.
+        defaults = {"draws": Draws(n=4), "query_draws": Draws(seed=1, n=10), "rise": 0.05}
         data = options.pop("data", self.data)
         return ForwardAbU(self.model, data, self.fisher, **{**defaults, **options})
 

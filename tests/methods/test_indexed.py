@@ -159,6 +159,12 @@ def test_a_query_among_the_examples_scores_its_own_rise(double, query, tmp_path,
             assert found.values[3] == pytest.approx(rise * loss, rel=1e-4)
 
 
+def test_what_is_really_unlearned_goes_further_by_default(exact: Index) -> None:
+    assert abu(exact).used_rise == 0.05
+    assert abu(exact, forward=True).used_rise == 0.25
+    assert abu(exact, forward=True, rise=0.1).used_rise == 0.1
+
+
 def test_rise_is_a_factor(exact, query: Query) -> None:
     one = abu(exact, rise=0.01).attribute(query)
     ten = abu(exact, rise=0.1).attribute(query)

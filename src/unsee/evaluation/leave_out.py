@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,28 @@ class Effect:
     excess: Estimate | None
 
 
+@dataclass(frozen=True)
+class Difference:
+    """What removing the examples of one method does, rather than those of another.
+
+    Attributes:
+        k: how many were removed.
+        measure: one of `MEASURES`.
+        one: a method.
+        other: a method.
+        queries: that both were asked for.
+        difference: mean over queries of the measure without the examples of `one`, minus that
+            without those of `other`.
+    """
+
+    k: int
+    measure: str
+    one: str
+    other: str
+    queries: int
+    difference: Estimate
+
+
 def leave_out_effects(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95) -> list[Effect]:
     """Compares methods with random removal, as far as the runs are finished.
 
@@ -214,6 +237,35 @@ def leave_out_effects(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95)
                 found.append(_effect(k, measure, RANDOM, sorted(asked), full, chance, None, level))
             for method, own in methods.items():
                 found.append(_effect(k, measure, method, sorted(own), full, chance, own, level))
+    return found
+
+
+def leave_out_differences(
+    rows: Sequence[Mapping[str, Any]], *, measure: str = "loss", level: float = 0.95
+) -> list[Difference]:
+    """Compares methods with one another, query by query.
+
+    Args:
+        rows: as for `leave_out_effects`.
+        measure: one of `MEASURES`.
+        level: of the intervals, which are Student's t over queries; one query has no interval.
+
+    Returns:
+        For each K and each pair of methods that have two finished queries in common, the mean
+        difference between the measure without the examples of the one and of the other.
+    """
+    found = []
+    for k in sorted({r["k"] for r in rows}):
+        methods: dict[str, dict[str, float]] = {}
+        for r in rows:
+            if r["k"] == k and r["removed_for"] == r["query"]:
+                methods.setdefault(r["method"], {})[r["query"]] = r[measure]
+        for one, other in combinations(methods, 2):
+            shared = sorted(methods[one].keys() & methods[other].keys())
+            if len(shared) >= 2:
+                apart = np.array([methods[one][q] - methods[other][q] for q in shared])
+                found.append(Difference(k, measure, one, other, len(shared),
+                                        mean_interval(apart, level=level)))  # fmt: skip
     return found
 
 
@@ -259,6 +311,17 @@ def table_of(effects: Sequence[Effect]) -> list[str]:
             f"{_signed(e.change)} | {over} |"
         )
     return lines
+
+
+def table_of_differences(differences: Sequence[Difference]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
+    lines = ["| K | measure | removed | rather than | queries | difference |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    return lines + [
+        f"| {d.k} | {d.measure.replace('_', ' ')} | {d.one} | {d.other} | {d.queries} | "
+        f"{_signed(d.difference)} |"
+        for d in differences
+    ]
 
 
 def _signed(estimate: Estimate) -> str:

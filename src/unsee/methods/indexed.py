@@ -25,8 +25,12 @@ from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
 from .two_stage import reevaluate
+from .unlearning import RISE
 
 HALVES = 2
+
+FIRST_RISE = 0.05
+"""The step of scores that are computed rather than measured: small enough for the second order."""
 
 PROBES = "probes"
 """The column that adds the second order to the column `factors`."""
@@ -78,8 +82,8 @@ class AbU:
         damping: of the curvature, relative to each layer's mean.
         columns: whose scores count; by default all that the index has of `factors`, `outputs` and
             `probes`.
-        rise: of the query's loss, to first order: the size of the step. Scores of the column
-            `factors` alone are scaled to it.
+        rise: of the query's loss: the size of the step; 0.25 by default with `forward`, otherwise
+            0.05, to first order. Scores of the column `factors` alone are scaled to it.
         query_draws: timesteps and noise of the query, even in number, independent of the
             examples'; by default 64 of seed 1, in the part of the schedule that theirs are in.
         batch_size: draws of the query at once.
@@ -93,7 +97,7 @@ class AbU:
     curvature: CurvatureName = "ekfac"
     damping: float = 0.1
     columns: Sequence[str] | None = None
-    rise: float = 0.05
+    rise: float | None = None
     query_draws: Draws | None = None
     batch_size: int = 64
     tolerance: float = 1e-4
@@ -102,7 +106,7 @@ class AbU:
 
     def __post_init__(self) -> None:
         check_query_draws(self.used_query_draws, self.index.model)
-        if not self.rise > 0:
+        if not self.used_rise > 0:
             raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
         for column in self.used_columns:
             if column not in MEASURES or column not in self.index.columns:
@@ -123,6 +127,13 @@ class AbU:
         return [c for c in MEASURES if c in self.index.columns]
 
     @property
+    def used_rise(self) -> float:
+        """The relative rise of the query's loss that sets the size of the step."""
+        if self.rise is not None:
+            return self.rise
+        return RISE if self.forward else FIRST_RISE
+
+    @property
     def used_query_draws(self) -> Draws:
         """Timesteps and noise of the query."""
         return self.query_draws or query_draws_for(self.index)
@@ -138,8 +149,8 @@ class AbU:
             first = dataclasses.replace(self, forward=False).attribute(query)
             candidates = first.top(self.shortlist).ids
         return reevaluate(
-            self.index, query, candidates, self.curvature, rise=self.rise, damping=self.damping,
-            query_draws=self.used_query_draws,
+            self.index, query, candidates, self.curvature, rise=self.used_rise,
+            damping=self.damping, query_draws=self.used_query_draws,
         )  # fmt: skip
 
     @exact_kernels()
@@ -184,7 +195,7 @@ class AbU:
         assert isinstance(total, np.ndarray)
         about = {
             "curvature": self.curvature, "damping": self.damping, "columns": self.used_columns,
-            "scaled_to_rise": self.rise, "query_draws": repr(self.used_query_draws),
+            "scaled_to_rise": self.used_rise, "query_draws": repr(self.used_query_draws),
             "index": str(self.index.path), "draws": repr(self.index.draws),
             "seconds": seconds,
         }  # fmt: skip
@@ -223,7 +234,7 @@ class AbU:
                     "the query has no finite gradient in the selected parameters: check the model "
                     "with `unsee doctor`"
                 )
-            sizes.append(self.rise * query.loss / slope)
+            sizes.append(self.used_rise * query.loss / slope)
             steps.append({n: d * sizes[-1] for n, d in divided.items()})
         weights = layer_inputs(index.model, index.layers)
         asked = directions(steps, index.layers, weights, moments_of(curvature), self.tolerance)

@@ -43,6 +43,10 @@ divided by its root mean square over the examples in that draw's part of the noi
 that no part leads (after Diffusion-ReTrac, Xie et al., arXiv 2401.09031, which divides gradients).
 """
 
+RISE = 0.25
+"""How far to unlearn where nothing else is asked for: further than the published step, because that
+predicts retraining better (docs/benchmark.md)."""
+
 FLOOR_SHARE, FEWEST, MOST = 0.025, 8, 64
 """Of the scored examples: the sample that the noise floor is measured on, and its bounds."""
 
@@ -123,7 +127,7 @@ class ForwardAbU:
     model: Denoiser
     data: EncodedExamples
     curvature: DiagonalFisher | KFAC | EKFAC
-    rise: float = 0.05
+    rise: float = RISE
     step_size: float | None = None
     steps: int = 1
     damping: float = 0.1
@@ -136,7 +140,7 @@ class ForwardAbU:
 
     def __post_init__(self) -> None:
         if self.step_size is None and not self.rise > 0:
-            raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
+            raise ValueError(f"rise = {self.rise} must be positive: 0.25 raises the loss by 25%")
         if self.steps < 1:
             raise ValueError(f"steps = {self.steps} must be at least 1")
         if self.flips and not self.data.has_flips:
@@ -217,7 +221,7 @@ class ForwardAbU:
             value = loss_at(size)
         raise ValueError(
             f"unlearning {query.id!r}: no step raises its loss from {before:.6g} to {target:.6g}, "
-            f"the nearest is {nearest:.6g}; use another rise, or other parameters"
+            f"the nearest is {nearest:.6g}; use a smaller rise, or other parameters"
         )
 
     def losses(self, rows: Sequence[int], weights: Weights | None = None) -> np.ndarray:
