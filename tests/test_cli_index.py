@@ -392,6 +392,23 @@ def test_append_adds(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 13
 
 
+def test_a_lost_shard_of_what_was_appended_is_made_again(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    further = further_pictures(tmp_path / "further")
+    build = ["index", str(mine.model), str(further), *mine.index[3:]]
+    assert main([*build, "--append"]) == 0
+    lost = sorted(mine.path.glob("columns/outputs/*"))[-1]
+    was = lost.read_bytes()
+    lost.unlink()
+    capsys.readouterr()
+    for command in ([*build, "--append"], [*mine.index, "--append"]):
+        refused(capsys, main(command), "of further again, without --append")
+    assert main(build) == 0
+    assert lost.read_bytes() == was
+    assert "14 examples, 0 deleted" in capsys.readouterr().out
+
+
 def test_a_killed_addition_goes_on(
     mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
 ) -> None:

@@ -167,11 +167,12 @@ class Index(Columns):
                     f"{len(model.parameters)} selected; the first that differs is {here} there, "
                     f"{asked} here: select the same"
                 )
-        missing = missing_shards(path, manifest)
-        if missing:
+        if missing := missing_shards(path, manifest):
+            again = "run the same `unsee index` again to finish it"
+            if len(manifest.parts) > 1:
+                again = f"run `unsee index` of {' and of '.join(missing)} again, without --append"
             raise ValueError(
-                f"index {str(path)!r}: {missing} of its shards are missing; run the same "
-                "`unsee index` again to finish it"
+                f"index {str(path)!r}: {missing.total()} of its shards are missing; {again}"
             )
         return cls(path, model, manifest)
 

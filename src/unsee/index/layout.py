@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,12 +197,13 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(**about, parts=parts, shards=shards)
 
 
-def missing_shards(path: Path, manifest: Manifest) -> int:
-    """Returns how many files of columns are not there."""
-    return sum(
-        not shard_path(path, column, shard).is_file()
+def missing_shards(path: Path, manifest: Manifest) -> Counter[str]:
+    """Returns how many files of columns are not there, by the name of the data set."""
+    return Counter(
+        manifest.parts[shard.part].name
         for column in manifest.settings["columns"]
         for shard in manifest.shards
+        if not shard_path(path, column, shard).is_file()
     )
 
 
