@@ -44,8 +44,8 @@ that no part leads (after Diffusion-ReTrac, Xie et al., arXiv 2401.09031, which 
 """
 
 RISE = 0.25
-"""How far to unlearn where nothing else is asked for: further than the published step, because that
-predicts retraining better (docs/benchmark.md)."""
+"""How far to unlearn where nothing else is asked for: it predicts retraining better than 5%
+(docs/benchmark.md)."""
 
 FLOOR_SHARE, FEWEST, MOST = 0.025, 8, 64
 """Of the scored examples: the sample that the noise floor is measured on, and its bounds."""
