@@ -111,9 +111,11 @@ def train_and_measure(removal: Removal, k: int, work: Path, count: int) -> list[
     weights = network(work / run.name / "unet.safetensors").state_dict()
     benchmark.model.network.load_state_dict(weights)
     rows = measured(benchmark, run=name, method=removal.method, k=k, removed_for=removal.query)
-    if removal.query == TOGETHER:
+    if removal.query == TOGETHER:  # another experiment than query by query, of the same method
         asked = {benchmark.queries[q].id for q in asked_queries(benchmark, count)}
-        rows = [{**r, "removed_for": r["query"]} for r in rows if r["query"] in asked]
+        method = f"{removal.method}, {TOGETHER}"
+        rows = [{**r, "method": method, "removed_for": r["query"]}
+                for r in rows if r["query"] in asked]  # fmt: skip
     return rows
 
 

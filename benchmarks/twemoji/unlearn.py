@@ -23,17 +23,19 @@ from unsee.methods.unlearning import Change, ForwardAbU
 from unsee.query import Query
 
 SETTINGS = (
-    # name, curvature, damping, rise; in the order in which they are wanted
-    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.05),
-    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.05),
-    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.25),
-    ("AbU, published Fisher", "diagonal per draw", 0.0, 0.05),
-    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.25),
-    ("AbU, identity", "identity", 0.0, 0.05),
-    ("AbU, damped Fisher", "diagonal per draw", 0.1, 1.0),
-    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 1.0),
-    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.01),
-    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.01),
+    # name, curvature, damping, rise, steps; in the order in which they are wanted
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.05, 1),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.05, 1),
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.25, 1),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.25, 1),
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 1.0, 1),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 1.0, 1),
+    ("AbU, ten steps, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.25, 10),
+    ("AbU, ten steps, damped Fisher", "diagonal per draw", 0.1, 0.25, 10),
+    ("AbU, identity", "identity", 0.0, 0.25, 1),
+    ("AbU, undamped Fisher", "diagonal per draw", 0.0, 0.05, 1),
+    ("AbU, EK-FAC averaged", "EK-FAC averaged", 0.1, 0.01, 1),
+    ("AbU, damped Fisher", "diagonal per draw", 0.1, 0.01, 1),
 )
 CHANGES: tuple[Change, ...] = ("difference", "ratio", "timestep")
 """Ways of comparing the losses, which one pass over the examples serves."""
@@ -78,18 +80,21 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--queries", type=int, default=20, help="at most")
     parser.add_argument("--rises", type=float, nargs="*", help="only these of the settings' rises")
+    parser.add_argument("--names", nargs="*", help="only these of the settings' names")
     parser.add_argument("--tuning", action="store_true", help="the queries to tune on instead")
     arguments = parser.parse_args()
     work = arguments.work
     torch.set_num_threads(1)
     benchmark = load_benchmark(work / "encoded")
     queries = wanted(benchmark, arguments.queries, arguments.tuning)
-    settings = [s for s in SETTINGS if not arguments.rises or s[3] in arguments.rises]
+    settings = [s for s in SETTINGS
+                if (not arguments.rises or s[3] in arguments.rises)
+                and (not arguments.names or s[0] in arguments.names)]  # fmt: skip
     bar = tqdm(total=len(settings) * len(queries))
-    for name, kind, damping, rise in settings:
+    for name, kind, damping, rise, steps in settings:
         method = ForwardAbU(
             benchmark.model, benchmark.data, curvature_of(benchmark, work, kind),
-            rise=rise, damping=damping, draws=Draws(seed=0, n=arguments.draws),
+            rise=rise, steps=steps, damping=damping, draws=Draws(seed=0, n=arguments.draws),
             query_draws=Draws(seed=1, n=128), cache=work / "losses",
         )  # fmt: skip
         folders = {

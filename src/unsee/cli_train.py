@@ -76,6 +76,8 @@ def _add_optimization(command: argparse.ArgumentParser, **defaults: float) -> No
     command.add_argument("--batch-size", type=positive, default=defaults["batch_size"])
     command.add_argument("--learning-rate", type=float, default=defaults["learning_rate"])
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--snapshots", type=integers, default=(), metavar="STEP,STEP",
+                         help="steps after which the averaged weights are kept too")  # fmt: skip
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     command.add_argument("--threads", type=positive, help="processor threads of PyTorch")
     command.add_argument("--skip-bad", action="store_true",
@@ -160,7 +162,8 @@ def _optimization(args: argparse.Namespace) -> Optimization:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    return Optimization(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
+    return Optimization(args.steps, args.batch_size, args.learning_rate, seed=args.seed,
+                        snapshots=args.snapshots)  # fmt: skip
 
 
 def _ids(path: Path | None) -> list[str]:

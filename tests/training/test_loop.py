@@ -12,10 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unsee.draws import stable_seed
-from unsee.training.loop import CHECKPOINT, BatchOrder, Optimization, seeded_weights, train
+from unsee.training.loop import (
+    CHECKPOINT,
+    BatchOrder,
+    Optimization,
+    seeded_weights,
+    snapshot_path,
+    train,
+)
 
 from ..reference.training import averaged_weights
 
@@ -160,6 +168,29 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, stop_at: 
         run(tmp_path / "cut", stop_at=stop_at)
     assert torch.load(tmp_path / "cut" / CHECKPOINT, weights_only=True)["step"] == stop_at
     assert same(whole, run(tmp_path / "cut", stop_at=30 - stop_at))  # the rest, and no step more
+
+
+def test_snapshots_are_the_averaged_weights_on_the_way(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain")
+    asked = dataclasses.replace(FAST, snapshots=(10, 30))
+    assert same(plain, run(tmp_path / "whole", asked))  # they change nothing
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", asked, stop_at=20)
+    run(tmp_path / "cut", asked)
+    kept = load_file(snapshot_path(tmp_path / "whole", 30))
+    assert list(kept) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert all(torch.equal(kept[n], p) for n, p in zip(
+        ("0.weight", "0.bias", "2.weight", "2.bias"), plain, strict=True))  # fmt: skip
+    early = load_file(snapshot_path(tmp_path / "whole", 10))
+    assert not torch.equal(early["0.weight"], kept["0.weight"])
+    for step in (10, 30):
+        paths = (snapshot_path(tmp_path / name, step) for name in ("whole", "cut"))
+        assert len({path.read_bytes() for path in paths}) == 1
+    # What was passed without a snapshot cannot have one.
+    with pytest.raises(ValueError, match="snapshot-000010"):
+        run(tmp_path / "plain", asked)
+    with pytest.raises(ValueError, match="no snapshot after step 31 of 30"):
+        dataclasses.replace(FAST, snapshots=(31,))
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:

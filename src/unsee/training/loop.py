@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -42,6 +43,8 @@ class Optimization:
             at step s it is at most (1 + s) / (10 + s), so that a short run forgets its start.
         seed: fixes initial weights, batches, timesteps and noise.
         checkpoint_seconds: longest time between two checkpoints.
+        snapshots: steps after which the averaged weights are kept in a file of their own: methods
+            may average their scores over them, as TracIn does.
     """
 
     steps: int
@@ -54,6 +57,7 @@ class Optimization:
     ema_decay: float = 0.999
     seed: int = 0
     checkpoint_seconds: float = 240.0
+    snapshots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1 or self.warmup < 0:
@@ -66,6 +70,10 @@ class Optimization:
                 f"optimization: learning_rate = {self.learning_rate} must be positive and "
                 f"ema_decay = {self.ema_decay} in [0, 1)"
             )
+        if outside := [s for s in self.snapshots if not 1 <= s <= self.steps]:
+            raise ValueError(
+                f"optimization: there is no snapshot after step {outside[0]} of {self.steps}"
+            )
 
     def learning_rate_factor(self, step: int) -> float:
         """Returns the fraction of the peak learning rate used at `step` (counted from 0)."""
@@ -74,6 +82,11 @@ class Optimization:
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.final_fraction + (1 - self.final_fraction) * cosine
+
+
+def snapshot_path(directory: Path, step: int) -> Path:
+    """Returns the file of the averaged weights after `step`, parameter name -> tensor."""
+    return directory / f"snapshot-{step:06d}.safetensors"
 
 
 class BatchOrder:
@@ -150,15 +163,18 @@ def train(
         parameters: what is trained; by default all parameters that require gradients.
 
     Raises:
-        ValueError: the checkpoint is damaged or belongs to other settings, the loss or its
-            gradient is not finite, or there is nothing to train in float32.
+        ValueError: the checkpoint is damaged or belongs to other settings, or is past a snapshot
+            that is not there, the loss or its gradient is not finite, or there is nothing to train
+            in float32.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if parameters is None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-    run = _Run(parameters, optimization)
+    names = {id(p): name for name, p in model.named_parameters()}
+    run = _Run(parameters, [names[id(p)] for p in parameters], optimization)
     settings = {**description, **dataclasses.asdict(optimization)}
     settings.pop("checkpoint_seconds")
+    settings.pop("snapshots")
     checkpoint = directory / CHECKPOINT
     run.resume(checkpoint, settings)
 
@@ -188,6 +204,8 @@ def _take_steps(
             value = run.update(loss, where=checkpoint.parent)
             smooth = value if smooth is None else 0.99 * smooth + 0.01 * value
             bar.update()
+            if run.step in optimization.snapshots:  # before the checkpoint that is past it
+                run.save_average(snapshot_path(checkpoint.parent, run.step))
             if run.step % 20 == 0:
                 bar.set_postfix(loss=f"{smooth:.4f}")
             if run.step % 500 == 0 and bar.disable:
@@ -202,7 +220,9 @@ def _take_steps(
 class _Run:
     """What changes from step to step, and its checkpoint."""
 
-    def __init__(self, trained: list[nn.Parameter], optimization: Optimization) -> None:
+    def __init__(
+        self, trained: list[nn.Parameter], names: list[str], optimization: Optimization
+    ) -> None:
         if not trained:
             raise ValueError("there is no parameter to train: none requires gradients")
         narrow = next(
@@ -214,6 +234,7 @@ class _Run:
                 "model in float32 to train it"
             )
         self.optimization, self.trained, self.step = optimization, trained, 0
+        self.names = names
         self.optimizer = torch.optim.AdamW(
             trained, lr=optimization.learning_rate, weight_decay=optimization.weight_decay
         )
@@ -251,6 +272,13 @@ class _Run:
         }
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
+    def save_average(self, path: Path) -> None:
+        average = {
+            name: weights.detach().contiguous()
+            for name, weights in zip(self.names, self.ema.shadow_params, strict=True)
+        }
+        write_atomically(path, lambda temporary: save_file(average, temporary))
+
     def resume(self, path: Path, settings: dict[str, Any]) -> None:
         """Continues from a checkpoint, where there is one."""
         if not path.is_file():
@@ -265,6 +293,12 @@ class _Run:
         self.ema.load_state_dict(state["ema"])
         self.ema.to(device=self.trained[0].device)
         self.step = state["step"]
+        for step in self.optimization.snapshots:
+            if step <= self.step and not (kept := snapshot_path(path.parent, step)).is_file():
+                raise ValueError(
+                    f"{path} is at step {self.step}, and {kept.name} was not kept on the way: "
+                    "ask for later snapshots, or use another directory to start anew"
+                )
 
 
 def _load(path: Path) -> dict[str, Any]:
