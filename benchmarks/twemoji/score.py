@@ -26,6 +26,7 @@ from gradients import (
     without_captions,
 )
 
+from unsee.curvature.diagonal import DiagonalFisher
 from unsee.curvature.kfac import EKFAC
 from unsee.evaluation.twemoji import Benchmark, load_benchmark
 from unsee.methods.combine import combined_values, sharpened
@@ -37,7 +38,9 @@ from unsee.methods.trak import trak_kernel, trak_scores
 Scored = Iterator[tuple[str, np.ndarray]]
 """(method, scores [N, Q]) one after another."""
 
-DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
+UNDAMPED = 0.0
+"""Also of diagonals: the published update."""
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 CAPTION_DROPOUT = 0.1
 """Of the benchmark's training."""
@@ -57,7 +60,10 @@ def damped(
 ) -> Scored:
     """Influence under each curvature and damping."""
     for kind, curvature in found.items():
-        for damping in DAMPINGS if curvature is not None else (0.0,):
+        dampings = DAMPINGS if curvature is not None else (UNDAMPED,)
+        if isinstance(curvature, DiagonalFisher):
+            dampings = (UNDAMPED, *DAMPINGS)
+        for damping in dampings:
             scores = influence_scores(examples, queries, curvature, damping)
             yield f"{name}, {kind}, damping {damping:g}", scores
 
@@ -98,7 +104,7 @@ def renormalised(benchmark: Benchmark, work: Path) -> Scored:
     for damping in DAMPINGS:
         scores = influence_scores(examples, queries, curvature, damping, "gradient")
         yield f"renormalised, EK-FAC averaged, damping {damping:g}", scores
-    for damping in (0.1, 1.0):  # each example's gradient is divided by the curvature: slow
+    for damping in (0.01, 0.1, 1.0):  # each example's gradient is divided by the curvature: slow
         for what, name in (("parameters", "theta-RelatIF"), ("loss", "l-RelatIF")):
             scores = influence_scores(examples, queries, curvature, damping, what)
             yield f"{name}, EK-FAC averaged, damping {damping:g}", scores

@@ -216,8 +216,17 @@ def test_counterfactual_effect_by_hand():
     assert effect.random.value == pytest.approx(0.2)
     assert effect.excess.value == pytest.approx(0.3)
     # Of two removals a resample has the mean 0.1, 0.2, 0.2 or 0.3, for both queries: variance
-    # 0.005, of which the covariance is half of the mean's. Quantile of t with 1 degree: 12.706.
-    assert width(effect.excess) == pytest.approx(2 * 12.706 * np.sqrt(0.005 / 2), rel=0.05)
+    # 0.005, of which the covariance is half; twice that is unbiased. Quantile of t with 1 degree:
+    # 12.706.
+    assert width(effect.excess) == pytest.approx(2 * 12.706 * np.sqrt(0.005), rel=0.05)
+
+
+def test_one_random_removal_bounds_nothing(rng):
+    full = rng.normal(size=5)
+    effect = counterfactual_effect(full + 1, full, full[:, None] + 0.2)
+    assert np.isfinite(width(effect.removed))
+    assert width(effect.random) == width(effect.excess) == np.inf
+    assert effect.excess.value == pytest.approx(0.8)
 
 
 def test_difficulty_of_queries_cancels(rng):
@@ -238,6 +247,25 @@ def test_counterfactual_intervals_cover_the_truth():
         effect = counterfactual_effect(without, full, random, resamples=300)
         covered += effect.excess.low <= 0.3 <= effect.excess.high
     assert covered >= 180  # 190 expected; a standard error is 3
+
+
+@pytest.mark.parametrize(("removals", "expected"), [(2, 258), (4, 279)])
+def test_few_removals_and_one_model_for_all_queries(removals, expected):
+    """As above, but what is removed is removed for all queries by one model."""
+    rng = np.random.default_rng(3)
+    alone = together = 0
+    for _ in range(300):
+        full = rng.normal(size=20)
+        own, models = 0.1 * rng.normal(), 0.1 * rng.normal(size=(1, removals))
+        without = full + 0.5 + own + 0.2 * rng.normal(size=20)
+        random = full[:, None] + 0.2 + models + 0.1 * rng.normal(size=(20, removals))
+        for kind in (False, True):
+            effect = counterfactual_effect(without, full, random, resamples=300, together=kind)
+            hit = effect.excess.low <= 0.3 <= effect.excess.high
+            alone, together = alone + (hit and not kind), together + (hit and kind)
+    # 285 would be right; two removals hardly say how much models differ. A standard error is 6.
+    assert together >= expected - 18
+    assert alone < together  # the chance of the one model was left out
 
 
 def test_counterfactual_refuses(rng):

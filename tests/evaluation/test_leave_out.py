@@ -159,6 +159,19 @@ def test_methods_are_compared_query_by_query() -> None:
     assert "| 2 | loss | one | two | 2 | +1.5000" in table_of_differences([found])[2]
 
 
+def test_removal_together_is_compared_with_its_like_and_has_no_interval() -> None:
+    def rows(method: str, runs: list[str], values: list[float]) -> list[dict]:
+        return [{"run": run, "method": method, "k": 2, "removed_for": q, "query": q, "loss": v}
+                for run, q, v in zip(runs, "ab", values, strict=True)]  # fmt: skip
+
+    found = leave_out_differences(
+        rows("one", ["all-1"] * 2, [3.0, 5.0]) + rows("two", ["all-2"] * 2, [1.0, 4.0])
+        + rows("apart", ["a", "b"], [0.0, 0.0])
+    )  # fmt: skip
+    assert [(d.one, d.other, d.difference.value) for d in found] == [("one", "two", 1.5)]
+    assert found[0].difference.high == np.inf
+
+
 def test_together_every_method_removes_as_many_in_turns_over_queries() -> None:
     ids = [f"i{n}" for n in range(20)]
     orders = {

@@ -158,6 +158,7 @@ def counterfactual_effect(
     loss_full: np.ndarray,
     loss_random: np.ndarray,
     *,
+    together: bool = False,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -170,7 +171,12 @@ def counterfactual_effect(
             That there is one such model only is not in the intervals of the two effects; in
             their difference it cancels.
         loss_random: [Q, R] float, under R models trained without K random examples each. Every
-            query is measured on all of them.
+            query is measured on all of them. One says nothing of how models differ: then only the
+            interval of `removed` is bounded. Degrees of freedom are Satterthwaite's: where models
+            differ half as much as queries do, 86 to 90 % of simulated 95 % intervals of `excess`
+            hold the truth with two, 93 to 95 % with four.
+        together: one model without examples served all queries in `loss_without`. What it shares
+            with no other is then chance too, as large as that of a random removal.
         resamples: of the random removals.
         level: of the intervals.
         seed: of the resampling.
@@ -199,10 +205,13 @@ def counterfactual_effect(
     own, other = (without - full)[:, None], random - full[:, None]
     resampled = other[:, models].mean(-1)  # [Q, resamples]
     chance = other.mean(1)
+    # Resamples of R values vary by (R - 1) / R of what their mean does.
+    shared = _shared(resampled) * removals / (removals - 1) if removals > 1 else np.inf
+    of_one = removals * shared if together else 0.0
     return CounterfactualEffect(
-        _estimate(own[:, 0], own, level),
-        _estimate(chance, resampled, level),
-        _estimate(own[:, 0] - chance, own - resampled, level),
+        _interval(own[:, 0], of_one, level, removals - 1),
+        _interval(chance, shared, level, removals - 1),
+        _interval(own[:, 0] - chance, shared + of_one, level, removals - 1),
     )
 
 
@@ -240,18 +249,42 @@ def _resampled_lds(
 
 
 def _estimate(values: np.ndarray, resampled: np.ndarray, level: float) -> Estimate:
-    """Returns the interval of the mean of values [Q], and what models do to them [Q, R]."""
+    """Returns the interval of the mean of values [Q], from what models do to them [Q, R]."""
+    return _interval(values, _shared(resampled) if len(values) else 0.0, level)
+
+
+def _shared(resampled: np.ndarray) -> float:
+    """Returns the variance that models give to the mean of all queries alike, from [Q, R]."""
+    # Sum over pairs of different queries of their covariance: that of the sum less the own.
+    shared = resampled.mean(0).var() - resampled.var(1).sum() / len(resampled) ** 2
+    # A sum of covariances below zero is chance.
+    return max(0.0, float(shared))
+
+
+def _interval(
+    values: np.ndarray, shared: float, level: float, freedom: int | None = None
+) -> Estimate:
+    """Returns the interval of the mean of values [Q] with a variance that all of them share.
+
+    Args:
+        values: one for each query.
+        shared: variance of the mean that is not in the spread of the values.
+        level: of the interval.
+        freedom: degrees of freedom that `shared` was estimated with, if they are few.
+    """
     count = len(values)
     if count < 2:
         raise ValueError(f"interval: {count} queries; it takes at least 2")
     if not 0 < level < 1:
         raise ValueError(f"interval: level = {level} must be between 0 and 1, such as 0.95")
-    variance = values.var(ddof=1) / count
-    # Sum over pairs of different queries of their covariance: that of the sum less the own.
-    shared = resampled.mean(0).var() - resampled.var(1).sum() / count**2
-    # A sum of covariances below zero is chance.
-    half = _student(level, count - 1) * float(np.sqrt(variance + max(0.0, shared)))
-    mean = float(values.mean())
+    mean, own = float(values.mean()), float(values.var(ddof=1)) / count
+    if np.isinf(shared):
+        return Estimate(mean, -np.inf, np.inf, level)
+    together = count - 1
+    if freedom is not None and shared > 0:  # Satterthwaite, 1946; rounded down
+        parts = own**2 / (count - 1) + shared**2 / freedom
+        together = max(1, min(count - 1 + freedom, int((own + shared) ** 2 / parts)))
+    half = _student(level, together) * float(np.sqrt(own + shared))
     return Estimate(mean, mean - half, mean + half, level)
 
 

@@ -252,20 +252,25 @@ def leave_out_differences(
 
     Returns:
         For each K and each pair of methods that have two finished queries in common, the mean
-        difference between the measure without the examples of the one and of the other.
+        difference between the measure without the examples of the one and of the other. Methods
+        that removed examples for all queries together are compared with such only, and the
+        interval is unbounded: there is one training of each.
     """
     found = []
     for k in sorted({r["k"] for r in rows}):
-        methods: dict[str, dict[str, float]] = {}
+        methods: dict[str, dict[str, Mapping[str, Any]]] = {}
         for r in rows:
             if r["k"] == k and r["removed_for"] == r["query"]:
-                methods.setdefault(r["method"], {})[r["query"]] = r[measure]
-        for one, other in combinations(methods, 2):
-            shared = sorted(methods[one].keys() & methods[other].keys())
-            if len(shared) >= 2:
-                apart = np.array([methods[one][q] - methods[other][q] for q in shared])
-                found.append(Difference(k, measure, one, other, len(shared),
-                                        mean_interval(apart, level=level)))  # fmt: skip
+                methods.setdefault(r["method"], {})[r["query"]] = r
+        for (one, a), (other, b) in combinations(methods.items(), 2):
+            shared = sorted(a.keys() & b.keys())
+            if len(shared) < 2 or _serves_many(a) != _serves_many(b):
+                continue
+            apart = np.array([a[q][measure] - b[q][measure] for q in shared])
+            difference = mean_interval(apart, level=level)
+            if _serves_many(a):  # one training each: how much those differ is not known
+                difference = Estimate(difference.value, -np.inf, np.inf, level)
+            found.append(Difference(k, measure, one, other, len(shared), difference))
     return found
 
 
@@ -286,13 +291,19 @@ def _effect(
         change = _point(after - before, level)
         excess = _point(after - random.mean(1), level) if whole else None
     elif whole:
-        both = counterfactual_effect(after, before, random, level=level)
+        together = own is not None and _serves_many(own)
+        both = counterfactual_effect(after, before, random, together=together, level=level)
         change, excess = both.random if own is None else both.removed, both.excess
     else:
         change, excess = mean_interval(after - before, level=level), None
     return Effect(
         k, measure, method, len(queries), len(whole), change, None if own is None else excess
     )
+
+
+def _serves_many(own: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Says whether some training removed examples for several queries: see `plan_together`."""
+    return len({row["run"] for row in own.values()}) < len(own)
 
 
 def _point(value: np.ndarray, level: float) -> Estimate:
