@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from tests.models.test_unet import build
 from unsee.data.dataset import load_dataset
 from unsee.models.base import Denoiser
 from unsee.models.unet import UNetDenoiser
@@ -80,6 +83,79 @@ def test_the_fingerprint_follows_weights_and_schedule(tiny_model):
     other_kind = UNetDenoiser(tiny_model.network, DDPMScheduler(prediction_type="epsilon"))
     prints = {first, second, same_weights.fingerprint(), other_kind.fingerprint()}
     assert len(prints) == 4
+
+
+def test_without_adapters_the_fingerprint_is_of_weights_and_schedule_alone() -> None:
+    """Caches are keyed by it: bit by bit."""
+    model = build()
+    digest = hashlib.sha256(f"{model.prediction_type} {model.num_train_timesteps}".encode())
+    for name, tensor in model.network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    levels = model.schedule.alphas_cumprod.numpy().tobytes()
+    expected = hashlib.sha256(digest.hexdigest()[:16].encode() + levels).hexdigest()[:16]
+    assert model.fingerprint() == expected
+
+
+def test_the_fingerprint_follows_the_scale_of_adapters() -> None:
+    """Neither alpha nor an adapter's weight is in the state dict."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(alpha: int) -> UNetDenoiser:
+        model = build()
+        torch.manual_seed(3)
+        config = peft.LoraConfig(
+            r=2, lora_alpha=alpha, target_modules=["attn2.to_k"], init_lora_weights=False
+        )
+        model.network.add_adapter(config)
+        return model
+
+    model = adapted(2)
+    network: Any = model.network
+    prints = [model.fingerprint()]
+    assert adapted(2).fingerprint() == prints[0]
+    prints.append(adapted(1).fingerprint())
+    network.set_adapters(["default"], weights=[0.25])
+    prints.append(model.fingerprint())
+    network.set_adapters(["default"], weights=[1.0])
+    assert model.fingerprint() == prints[0]
+    network.disable_adapters()
+    prints.append(model.fingerprint())
+    assert len(set(prints)) == 4
+
+
+def test_encoders_have_fingerprints_of_their_own(tiny_pipeline_dir: Path) -> None:
+    def load(name: str = "", change: Any = None) -> Denoiser:
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+        if change is not None:
+            change(getattr(pipeline, name))
+        return Denoiser.from_pipeline(pipeline)
+
+    def nudge(weights: Any) -> None:
+        with torch.no_grad():
+            weights.view(-1)[0] += 1e-3
+
+    plain = load().encoder_fingerprints()
+    assert list(plain) == ["vae", "text_encoder", "tokenizer"]
+    changes: list[tuple[str, Any]] = [
+        ("vae", lambda vae: nudge(vae.encoder.conv_in.weight)),
+        ("vae", lambda vae: vae.register_to_config(scaling_factor=0.5)),
+        ("vae", lambda vae: vae.half()),
+        ("text_encoder", lambda text: nudge(text.get_input_embeddings().weight)),
+        ("text_encoder", lambda text: setattr(text.config, "hidden_act", "relu")),
+        ("tokenizer", lambda tokenizer: tokenizer.add_tokens(["sks"])),
+        ("tokenizer", lambda tokenizer: setattr(tokenizer, "model_max_length", 11)),
+    ]
+    for name, change in changes:
+        other = load(name, change).encoder_fingerprints()
+        assert [part for part in plain if plain[part] != other[part]] == [name]
+    # Neither the decoder nor the network has a part in latents and texts.
+    assert load("vae", lambda v: nudge(v.decoder.conv_in.weight)).encoder_fingerprints() == plain
+    assert load("unet", lambda unet: nudge(unet.conv_in.weight)).encoder_fingerprints() == plain
+
+
+def test_a_bare_network_has_no_encoders() -> None:
+    assert build().encoder_fingerprints() == {}
 
 
 # -- encoding -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..query import Query, box_mask, check_box
 from ..selection import select_parameters
+from .fingerprints import adapter_scales, encoder_fingerprints
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -185,12 +186,25 @@ class Denoiser(ABC):
         return with_box(query, box) if box is not None else query
 
     def fingerprint(self) -> str:
-        """Returns a hash of what a loss depends on besides its data: weights and schedule."""
+        """Returns a hash of what a loss depends on besides its data: weights and schedule.
+
+        Adapters (LoRA) count with their scale, and with which of them are on.
+        """
         digest = hashlib.sha256(f"{self.prediction_type} {self.num_train_timesteps}".encode())
         for name, tensor in self.network.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(adapter_scales(self.network))
         return digest.hexdigest()[:16]
+
+    def encoder_fingerprints(self) -> dict[str, str]:
+        """Returns hashes of vae, text_encoder and tokenizer, which `fingerprint` leaves out.
+
+        Latents and text states depend on them; a bare network has none.
+        """
+        if self.pipeline is None:
+            return {}
+        return encoder_fingerprints(self.pipeline, self.resolution)
 
     @contextlib.contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
