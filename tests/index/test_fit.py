@@ -16,7 +16,7 @@ from unsee.draws import Draws
 from unsee.index import fit
 from unsee.index.factors import example_factors, text_layers
 from unsee.index.fisher import fit_diagonal_fisher
-from unsee.index.fit import Sample
+from unsee.index.fit import CurvatureName, Sample
 from unsee.index.index import Index
 from unsee.methods.example_gradients import GradientMatrix, example_gradients
 from unsee.models.unet import UNetDenoiser
@@ -168,16 +168,65 @@ def test_mirrored_views_are_left_out(model, data, built: Index, tmp_path: Path) 
         torch.testing.assert_close(found.values[name], values, rtol=1e-4, atol=0)
 
 
-def test_a_sample_is_spread_over_the_index(built: Index, monkeypatch) -> None:
-    whole = Sample(built, "factors")
-    assert [s.number for s in whole.shards] == [0, 1, 2] and whole.examples == 10
-    monkeypatch.setattr(fit, "FIT_EXAMPLES", 8)
-    some = Sample(built, "factors")
-    assert [s.number for s in some.shards] == [0, 2] and some.examples == 6
+def test_a_sample_is_everything_where_there_is_no_more(built: Index) -> None:
+    """The stored numbers of every shard as they are, bit by bit."""
+    sample = Sample(built, "factors")
+    assert sample.examples == len(built.ids) == 10
+    assert [(s.number, rows) for s, rows in sample.rows] == [
+        (0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 1])
+    ]  # fmt: skip
+    for shard, (stored, _, _), (text, _) in zip(
+        built.shards(), sample.gradients(), sample.tokens(), strict=True
+    ):
+        whole = built.components("factors", shard).tensors
+        assert all(torch.equal(t, whole[name]) for name, t in stored.tensors.items())
+        assert torch.equal(text, built.text(shard))
+
+
+def test_a_sample_is_chosen_by_id_alone(built: Index, monkeypatch) -> None:
+    monkeypatch.setattr(fit, "FIT_EXAMPLES", 6)
+    ids = fit.chosen(built.ids, 6)
+    assert len(ids) == 6 and ids == [i for i in built.ids if i in ids]
+    assert set(fit.chosen(built.ids[::-1], 6)) == set(ids)
+    # Others that come do not bring back one that was left out.
+    more = [*built.ids, *(f"other-{i}" for i in range(10))]
+    assert set(fit.chosen(more, 6)) & set(built.ids) <= set(ids)
+    sample = Sample(built, "factors")
+    assert sample.examples == 6
+    found = [built.examples(s).ids[r] for s, rows in sample.rows for r in rows]
+    assert found == ids
+
+
+def test_a_curvature_tells_what_it_was_fitted_on(built: Index, monkeypatch) -> None:
+    monkeypatch.setattr(fit, "FIT_EXAMPLES", 6)
+    key = fit.ids_hash(fit.chosen(built.ids, 6))
     fitted = fit.fit_curvature(built, "diagonal", "factors")
-    assert fitted.count == 6 and fitted.settings["shards"] == ["00000", "00002"]
-    monkeypatch.setattr(fit, "FIT_EXAMPLES", 1)
-    assert Sample(built, "factors").examples == 4
+    assert fitted.count == 6
+    assert fitted.settings == {"column": "factors", "examples": 6, "ids": key}
+    per_draw = fit.fit_curvature(built, "diagonal_per_draw", "factors")
+    assert per_draw.settings["examples"] == 6 and per_draw.settings["ids"] == key
+    assert fit.ids_hash(built.ids[::-1]) == fit.ids_hash(built.ids) != key
+
+
+@pytest.mark.parametrize("name", ["diagonal", "diagonal_per_draw", "kfac", "ekfac"])
+def test_a_sample_does_not_move_with_shards_or_order(
+    double, tmp_path: Path, monkeypatch, name: CurvatureName
+) -> None:
+    monkeypatch.setattr(fit, "FIT_EXAMPLES", 7)
+    data = examples(12)
+    kinds = {"one": (data, 1), "three": (data, 3), "all": (data, 1000),
+             "backwards": (data.select(data.ids[::-1]), 5)}  # fmt: skip
+    indices = [stored(tmp_path / kind, double, some, shard_size=size, columns=["factors"])
+               for kind, (some, size) in kinds.items()]  # fmt: skip
+    grown = stored(tmp_path / "grown", double, data.select(data.ids[:4]), columns=["factors"])
+    for identifier in data.ids[4:]:
+        grown = grown.append(data.select([identifier]))
+    expected, *others = [index.curvature(name) for index in (*indices, grown)]
+    gradients = explicit(double, data)
+    for found in others:
+        assert found.count == expected.count
+        assert found.settings == expected.settings
+        assert_same_steps(found, expected, gradients)
 
 
 def test_chunks_change_nothing(built: Index, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from tests.index.conftest import DRAWS, build_index, small_model
 from tests.methods.conftest import Setting, examples
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
+from unsee.index import fit
 from unsee.index.index import Index
 from unsee.methods.base import Scores
 from unsee.methods.example_gradients import QueryExamples, example_gradients
@@ -259,6 +260,19 @@ def test_scores_do_not_move_with_batches_or_shards(exact, double, query, tmp_pat
     for columns in (["factors"], None):
         expected = abu(exact, columns=columns).attribute(query).values
         assert_close(abu(index, columns=columns).attribute(query).values, expected)
+
+
+def test_nor_where_curvature_is_fitted_on_a_sample(double, query, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit, "FIT_EXAMPLES", 7)
+    backwards = double.data.select(double.data.ids[::-1])
+    found = []
+    for name, data, size in (("2", double.data, 2), ("5", double.data, 5), ("-", backwards, 1000)):
+        path = tmp_path / name
+        index = build_index(path, double.model, data, storage="float32", shard_size=size)
+        scores = abu(index, columns=None).attribute(query)
+        found.append(scores.values[[scores.ids.index(i) for i in double.data.ids]])
+    for other in found[1:]:
+        assert_close(other, found[0])
 
 
 def test_scores_do_not_move_with_the_order_of_the_data(exact, double, query, tmp_path) -> None:

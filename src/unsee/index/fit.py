@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC, KroneckerCovariances
 from ..data.latents import EncodedDataset
-from ..draws import Draws
+from ..draws import Draws, stable_seed
 from ..gradients import Gradients
 from ..models.base import Denoiser
 from .components import Components, token_factors
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 CurvatureName = Literal["ekfac", "kfac", "diagonal", "diagonal_per_draw", "identity"]
 
 FIT_EXAMPLES = 2048
-"""Curvature is fitted on at most this many examples, in shards spread over the index."""
+"""Curvature is fitted on at most this many examples, chosen by a hash of their ids."""
 
 PER_DRAW = Draws(seed=-1, n=2)
 """Of the per-draw Fisher: a seed that scores do not use."""
@@ -57,57 +58,83 @@ def fit_curvature(index: Index, name: CurvatureName, column: str) -> DiagonalFis
                  sample.about)  # fmt: skip
 
 
-def spread(index: Index, examples: int) -> list[Shard]:
-    """Returns shards of about so many examples, spread over the index; all if it has no more."""
-    shards = list(index.shards())
-    count = min(len(shards), -(-examples // index.manifest.settings["shard_size"]))
-    places = np.unique(np.linspace(0, len(shards) - 1, count).round().astype(int))
-    return [shards[p] for p in places]
+def chosen(ids: Sequence[str], most: int) -> list[str]:
+    """Returns at most `most` ids in their order: all, or those of the smallest hashes.
+
+    Which ones they are depends on the ids alone, not on their order or on how they are stored.
+    They lie anywhere: of a large index, a fit reads most shards.
+    """
+    if len(ids) <= most:
+        return list(ids)
+    hashed = {identifier: stable_seed("curvature", identifier) for identifier in ids}
+    kept = set(sorted(ids, key=hashed.__getitem__)[:most])
+    return [i for i in ids if i in kept]
 
 
 class Sample:
-    """Stored gradients of some shards, spread over the index, as factors of single layers.
+    """Stored gradients of a sample of the examples, as factors of single layers.
 
     Attributes:
         layers: of the index.
-        shards: that the sample is made of.
+        rows: the shards that hold some of them, and which rows of the shard they are.
         examples: how many examples there are.
         about: what the sample is, for the record.
     """
 
     def __init__(self, index: Index, column: str) -> None:
         self._index, self._column = index, column
-        self.shards = spread(index, FIT_EXAMPLES)
+        ids = chosen(index.ids, FIT_EXAMPLES)
+        if not ids:
+            raise ValueError(f"index {str(index.path)!r}: there is no example to fit curvature on")
         self.layers = index.layers
         self.weights = layer_inputs(index.model, index.layers)
-        self.examples = sum(len(index.examples(s).ids) for s in self.shards)
-        if not self.examples:
-            raise ValueError(f"index {str(index.path)!r}: there is no example to fit curvature on")
-        self.about = {"column": column, "examples": self.examples,
-                      "shards": [s.name for s in self.shards]}  # fmt: skip
+        self.about = {"column": column, "examples": len(ids), "ids": ids_hash(ids)}
+        self.rows: list[tuple[Shard, list[int]]] = []
+        wanted = set(ids)
+        for shard in index.shards():
+            rows = [r for r, i in enumerate(index.examples(shard).ids) if i in wanted]
+            if rows:
+                self.rows.append((shard, rows))
+        self.examples = sum(len(rows) for _, rows in self.rows)
 
     def gradients(self) -> Iterator[tuple[Components, Tensor, Tensor]]:
-        """Yields what is stored of one shard after another.
+        """Yields what is stored of the examples of one shard after another.
 
         With it come its factors [R, channels] and text [R, width], both float32: those of an
         example's mean loss over draws and captions; mirrored views are left out.
         """
-        for shard in self.shards:
+        for shard, rows in self.rows:
             stored = self._index.components(self._column, shard)
-            if len(stored.counts):
-                factors = Quantised(stored.factors.values[0], stored.factors.scales[0])
-                yield stored, dequantise(factors, self.layers).mean(1), stored.text[0].float()
+            if len(rows) < len(stored.counts):
+                stored = stored.select(_mask(rows, len(stored.counts)))
+            factors = Quantised(stored.factors.values[0], stored.factors.scales[0])
+            yield stored, dequantise(factors, self.layers).mean(1), stored.text[0].float()
 
     def tokens(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields text [r, T, width] and factors [r, T, channels] of the captions of a shard."""
-        shards = (s for s in self.shards if self._index.examples(s).ids)
-        for shard, (stored, factors, rows) in zip(shards, self.gradients(), strict=True):
+        for (shard, places), (stored, factors, rows) in zip(
+            self.rows, self.gradients(), strict=True
+        ):
             text, captions = self._index.text(shard), self._index.examples(shard).caption_counts
+            if len(places) < len(captions):
+                mask = _mask(places, len(captions)).repeat_interleave(torch.tensor(captions))
+                text, captions = text[mask], [captions[p] for p in places]
             yield text, token_factors(factors, rows, stored.counts, text, captions)
 
     def inputs(self, text: Tensor, layer: Layer) -> Tensor:
         """Returns what a layer sees of text states [..., width]."""
         return text if layer.reads is None else text @ self.weights[layer.reads].float().T
+
+
+def ids_hash(ids: Sequence[str]) -> str:
+    """Returns a hash of which examples a sample has, in whatever order."""
+    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:16]
+
+
+def _mask(rows: Sequence[int], count: int) -> Tensor:
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(rows)] = True
+    return mask
 
 
 def layer_inputs(model: Denoiser, layers: list[Layer]) -> dict[str, Tensor]:
@@ -177,15 +204,16 @@ def _split(factors: Tensor, layers: list[Layer]) -> tuple[Tensor, ...]:
 
 
 def _per_draw(index: Index, sample: Sample) -> DiagonalFisher:
-    latents, states, rows, ids = [], [], [], []
-    for shard in sample.shards:
+    latents, states, captions, ids = [], [], [], []
+    for shard, rows in sample.rows:
         examples = index.examples(shard)
-        for row, identifier in enumerate(examples.ids):
-            ids.append(identifier)
-            rows.append([len(states) + c for c in range(examples.caption_counts[row])])
-            states += [examples.text([row], c)[0] for c in range(examples.caption_counts[row])]
-        latents.append(examples.latents(range(len(examples.ids))))
-    data = EncodedDataset(ids, torch.cat(latents), torch.stack(states), rows)
+        latents.append(examples.latents(rows))
+        for row in rows:
+            count = examples.caption_counts[row]
+            ids.append(examples.ids[row])
+            captions.append([len(states) + c for c in range(count)])
+            states += [examples.text([row], c)[0] for c in range(count)]
+    data = EncodedDataset(ids, torch.cat(latents), torch.stack(states), captions)
     length = index.draws.num_train_timesteps
     draws = dataclasses.replace(
         PER_DRAW, num_train_timesteps=length, timesteps=index.draws.timesteps
@@ -194,4 +222,5 @@ def _per_draw(index: Index, sample: Sample) -> DiagonalFisher:
     def bar(batches: Sequence) -> Iterable:
         return tqdm(batches, desc="fisher", unit="batch", disable=None, file=sys.stderr)
 
-    return fit_diagonal_fisher(index.model, data, draws, progress=bar)
+    fitted = fit_diagonal_fisher(index.model, data, draws, progress=bar)
+    return dataclasses.replace(fitted, settings={**fitted.settings, "ids": sample.about["ids"]})
