@@ -30,8 +30,10 @@ from unsee.index.components import Components
 from unsee.index.factors import dequantise
 from unsee.index.index import Index
 from unsee.index.layout import SCHEMA, read_manifest, shard_path, write_manifest
+from unsee.index.sketch import Sketch
 from unsee.index.table import read_ids
 from unsee.methods.forward import forward_losses
+from unsee.methods.indexed import AbU
 
 from .conftest import DRAWS, build_index, contents, small_model
 from .killed import KILLS, change, fill
@@ -574,3 +576,92 @@ def test_unreadable_pictures(tiny_model, image_folder: Path, tmp_path: Path) -> 
         loss = found[identifier]["loss"]
         torch.testing.assert_close(loss, expected["loss"], rtol=1e-4, atol=0)
     assert index.curvature("ekfac").count == len(index.ids)
+
+
+OF_PICTURES = {"draws": Draws(n=2), "shard_size": 4, "on_error": "skip", "columns": ["factors"]}
+
+
+def picture_scores(index: Index) -> dict[str, float]:
+    query = index.model.generate("a red square", seed=0, steps=2)
+    scores = AbU(index, query_draws=Draws(1, 4), curvature="identity").attribute(query)
+    return dict(zip(scores.ids, scores.values, strict=True))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("old", [False, True], ids=["new", "of an earlier version"])
+def test_examples_made_again_with_fewer_rows_move_no_score(
+    tiny_model, image_folder: Path, tmp_path: Path, monkeypatch, old: bool, killed: bool
+) -> None:
+    pictures = load_dataset("imagefolder", data_dir=image_folder)
+    index = build_index(tmp_path, tiny_model, pictures, **OF_PICTURES)
+    before = picture_scores(index)
+    index.curvature("ekfac")
+    if old:
+        for shard in index.shards():
+            tensors, _ = layout.read_shard(tmp_path, index.manifest, "factors", shard)
+            layout.write_shard(tmp_path, index.manifest, "factors", shard, tensors)
+    (image_folder / pictures.ids[0]).write_bytes(b"broken")
+    shard_path(tmp_path, "examples", next(index.shards())).unlink()
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(1, patch, Stopped())  # the examples are there, the factors not yet
+            build_index(tmp_path, tiny_model, pictures, **OF_PICTURES)
+        with pytest.raises(ValueError, match="1 of its shards are missing"):
+            Index.open(tmp_path, tiny_model)
+    again = build_index(tmp_path, tiny_model, pictures, **OF_PICTURES)
+    after = picture_scores(again)
+    assert list(after) == again.ids == pictures.ids[1:]
+    # Of other batches of the autoencoder: float32 rounding, then an int8 step.
+    largest = max(abs(value) for value in before.values())
+    assert all(abs(after[i] - before[i]) < 0.03 * largest for i in after)
+    assert again.curvature("ekfac").count == 11
+
+
+def test_examples_made_again_with_more_rows_are_all_there(
+    tiny_model, image_folder: Path, tmp_path: Path
+) -> None:
+    pictures = load_dataset("imagefolder", data_dir=image_folder)
+    whole = (image_folder / pictures.ids[0]).read_bytes()
+    (image_folder / pictures.ids[0]).write_bytes(b"broken")
+    index = build_index(tmp_path, tiny_model, pictures, **OF_PICTURES)
+    assert index.ids == pictures.ids[1:]
+    (image_folder / pictures.ids[0]).write_bytes(whole)
+    shard_path(tmp_path, "examples", next(index.shards())).unlink()
+    again = build_index(tmp_path, tiny_model, pictures, **OF_PICTURES)
+    assert again.ids == pictures.ids == list(picture_scores(again))
+
+
+def test_a_lost_shard_is_made_again_with_its_sketch(model, data, tmp_path: Path) -> None:
+    options = {"columns": ["sketch"], "sketch": Sketch(length=64)}
+    index = build_index(tmp_path, model, data, **options)
+    before, shard = contents(tmp_path), next(index.shards())
+    tensors, _ = layout.read_shard(tmp_path, index.manifest, "sketch", shard)
+    layout.write_shard(tmp_path, index.manifest, "sketch", shard, tensors, {"rows": "of others"})
+    assert build_index(tmp_path, model, data, **options).ids == data.ids
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("column", ["examples", "loss", "factors"])
+@pytest.mark.parametrize("change", ["other ids", "fewer rows"])
+def test_rows_of_other_examples_are_not_read(broken, model, column: str, change: str) -> None:
+    """Whatever brought them there: scores would be those of a neighbour."""
+    index = Index.open(broken, model)
+    shard = next(index.shards())
+    tensors, about = layout.read_shard(broken, index.manifest, column, shard)
+    if column == "examples":
+        ids = about["ids"]
+        about = {**about, "ids": [*ids[1:], ids[0]] if change == "other ids" else ids[1:]}
+    elif change == "other ids":
+        about = {"rows": layout.rows_key(["somebody"])}
+    else:
+        about = {}
+        keep = torch.arange(4) > 0
+        tensors = (
+            Components.of(tensors).select(keep).tensors if column == "factors"
+            else {n: t[keep] for n, t in tensors.items()}
+        )  # fmt: skip
+    layout.write_shard(broken, index.manifest, column, shard, tensors, about)
+    read = {"examples": index.text, "loss": index.losses,
+            "factors": lambda s: index.components("factors", s)}[column]  # fmt: skip
+    with pytest.raises(ValueError, match=r"00000\.safetensors: its .* those of the table are 4"):
+        read(shard)

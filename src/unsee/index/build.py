@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data.batches import gather
 from ..data.dataset import ImageDataset, OnError
-from ..data.latents import EncodedDataset, EncodedExamples, encode_dataset
+from ..data.latents import EncodedDataset
 from ..draws import Draws, random_functionals
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
 from .components import DIFFERENCE_WEIGHT, decompose
+from .examples import Indexed, encode_shard, pack_examples, unpack_examples
 from .factors import Layer, Measure, Storage, example_factors, text_layers
 from .features import (
     Encoders,
@@ -30,7 +32,16 @@ from .features import (
     needs_pictures,
     reload_encoders,
 )
-from .layout import Manifest, Part, Shard, read_shard, shard_path, write_shard
+from .layout import (
+    Manifest,
+    Part,
+    Shard,
+    read_header,
+    read_shard,
+    rows_key,
+    shard_path,
+    write_shard,
+)
 from .sketch import Sketch, Sketcher, quantise_rows, sketch_settings
 
 COLUMNS: dict[str, str] = {
@@ -51,9 +62,6 @@ MEASURES: dict[str, Measure] = {
     "factors": "loss", "outputs": "output_norm", "probes": "gauss_newton"
 }  # fmt: skip
 """Columns of gradients, and what is differentiated for them."""
-
-Indexed = ImageDataset | EncodedExamples
-"""What can be indexed: pictures with captions, or what is already encoded."""
 
 
 def settings_of(
@@ -196,9 +204,7 @@ def fill(
     """
     todo = [s for s in manifest.shards if s.part == part]
     # Its places and signs take five bytes a weight: only where rows are to be made.
-    wanted = "sketch" in manifest.settings["columns"]
-    missing = wanted and not all(shard_path(path, "sketch", s).is_file() for s in todo)
-    sketcher = Sketcher(model, Sketch.of(manifest.settings["sketch"])) if missing else None
+    sketcher = functools.cache(lambda: Sketcher(model, Sketch.of(manifest.settings["sketch"])))
     bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
                disable=None, file=sys.stderr)  # fmt: skip
     for shard in todo:
@@ -209,90 +215,53 @@ def fill(
 
 def _fill_shard(
     path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard, batch_size: int,
-    encoders: Encoders, sketcher: Sketcher | None,
+    encoders: Encoders, sketcher: Callable[[], Sketcher],
 ) -> None:  # fmt: skip
-    columns = [c for c in manifest.settings["columns"] if not shard_path(path, c, shard).is_file()]
+    _make_examples(path, manifest, model, data, shard)
+    every = manifest.settings["columns"]
+    columns = [c for c in every if not shard_path(path, c, shard).is_file()]
     if not columns:
-        return
-    if "examples" in columns:
-        encoded = _encode(model, data, shard, manifest)
-        write_shard(path, manifest, "examples", shard, *pack_examples(encoded, manifest))
-    if columns == ["examples"]:
         return
     # Read back, so that a resumed build computes on the very same numbers.
     encoded = unpack_examples(*read_shard(path, manifest, "examples", shard))
+    of = {"rows": rows_key(encoded.ids)}
     if "features" in columns:
         pictures = data if isinstance(data, ImageDataset) else None
         rows = example_features(model, encoders, encoded, pictures)
-        write_shard(path, manifest, "features", shard, rows)
-    if "sketch" in columns and sketcher is not None:
-        rows = _sketches(manifest, encoded, sketcher, batch_size)
-        write_shard(path, manifest, "sketch", shard, rows)
-    columns = [c for c in columns if c not in ("examples", "features", "sketch")]
+        write_shard(path, manifest, "features", shard, rows, of)
+    if "sketch" in columns:
+        rows = _sketches(manifest, encoded, sketcher(), batch_size)
+        write_shard(path, manifest, "sketch", shard, rows, of)
+    columns = [c for c in columns if c not in ("features", "sketch")]
     if not columns:
         return
     for column, tensors in _columns(model, manifest, encoded, columns, batch_size).items():
-        write_shard(path, manifest, column, shard, tensors)
+        write_shard(path, manifest, column, shard, tensors, of)
 
 
-def _encode(
-    model: Denoiser, data: Indexed, shard: Shard, manifest: Manifest
-) -> EncodedDataset | None:
-    """Returns the examples of a shard; None where all were deleted, or no picture can be read."""
-    flips = manifest.settings["views"] == 2
-    gone = set(manifest.deleted)
-    positions = [p for p in range(shard.first, shard.last) if data.ids[p] not in gone]
-    if not positions:
-        return None
-    if isinstance(data, ImageDataset):
-        some = data.select([data.ids[p] for p in positions])
-        skip = manifest.settings["on_error"] == "skip"
-        if skip and not any(_readable(some, p) for p in range(len(some))):
-            return None
-        return encode_dataset(
-            model, some, flips=flips, on_error="skip" if skip else "raise", progress=False
-        )
-    states, rows = [], []
-    for p in positions:
-        rows.append([len(states) + c for c in range(data.caption_counts[p])])
-        states += [data.text([p], c)[0] for c in range(data.caption_counts[p])]
-    return EncodedDataset(
-        [data.ids[p] for p in positions], data.latents(positions), torch.stack(states), rows,
-        data.latents(positions, flipped=True) if flips else None,
-    )  # fmt: skip
+def _make_examples(
+    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard
+) -> None:
+    """Makes the examples of a shard, if they are not there, and removes columns of other rows.
 
-
-def _readable(data: ImageDataset, position: int) -> bool:
-    try:
-        _ = data[position].image
-    except ValueError:
-        return False
-    return True
-
-
-def pack_examples(
-    encoded: EncodedDataset | None, manifest: Manifest
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors and the header of a shard of the column `examples`."""
-    if encoded is None:
-        return {"latents": torch.empty(0), "text": torch.empty(0)}, {"ids": [], "captions": []}
-    rows = range(len(encoded.ids))
-    tensors = {"latents": encoded.latents(rows)}
-    if manifest.settings["views"] == 2:
-        tensors["flipped"] = encoded.latents(rows, flipped=True)
-    tensors["text"] = torch.cat(
-        [encoded.text([r], c) for r in rows for c in range(encoded.caption_counts[r])]
-    )
-    return tensors, {"ids": encoded.ids, "captions": encoded.caption_counts}
-
-
-def unpack_examples(tensors: dict[str, Tensor], about: dict[str, Any]) -> EncodedDataset:
-    """Returns the examples of a shard; no caption state is shared between them."""
-    counts = iter(range(len(tensors["text"])))
-    rows = [[next(counts) for _ in range(n)] for n in about["captions"]]
-    return EncodedDataset(
-        about["ids"], tensors["latents"], tensors["text"], rows, tensors.get("flipped")
-    )
+    Other rows: a picture may since have become unreadable, or readable.
+    """
+    others = manifest.settings["columns"][1:]
+    files = {c: f for c in others if (f := shard_path(path, c, shard)).is_file()}
+    heads = {c: read_header(path, manifest, c, shard) for c in files}
+    lost = not shard_path(path, "examples", shard).is_file()
+    if lost:
+        encoded = encode_shard(model, data, shard, manifest)
+        ids = [] if encoded is None else encoded.ids
+    else:
+        encoded, ids = None, read_header(path, manifest, "examples", shard)[0]["ids"]
+    for column, (about, count) in heads.items():
+        # Earlier versions did not say which rows; as many are the same only beside their examples.
+        said = about.get("rows", None if lost or count != len(ids) else rows_key(ids))
+        if said != rows_key(ids):
+            files[column].unlink(missing_ok=True)
+    if lost:  # last: until then a build that is killed does this again
+        write_shard(path, manifest, "examples", shard, *pack_examples(encoded, manifest))
 
 
 def _columns(

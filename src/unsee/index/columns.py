@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..data.latents import EncodedDataset
-from .build import unpack_examples
 from .components import Components
+from .examples import unpack_examples
 from .factors import Measure
-from .layout import Manifest, Shard, read_shard, shard_path
+from .layout import AGAIN, Manifest, Shard, read_shard, rows_key, shard_path
 from .sketch import Sketch, StoredRows
 
 MEMORY_BYTES = 500_000_000
 """Of shards that are kept after they were read."""
+
+
+def rows_of(tensors: Mapping[str, Tensor]) -> int:
+    """Returns how many examples the tensors of a shard are of."""
+    # Of gradients, an example has several components, and a count.
+    return len(tensors["counts"] if "counts" in tensors else next(iter(tensors.values())))
 
 
 class Columns:
@@ -25,10 +31,11 @@ class Columns:
     Attributes:
         path: folder of the index.
         manifest: what fixes its numbers.
+        rows: number of a shard -> ids of its examples, by the table.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: Manifest, rows: Mapping[int, Sequence[str]]) -> None:
+        self.path, self.manifest, self.rows = path, manifest, rows
         self._memory: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     @property
@@ -127,6 +134,7 @@ class Columns:
             self._memory[key] = self._memory.pop(key)  # the last used is forgotten last
             return self._memory[key]
         found = read_shard(self.path, self.manifest, column, shard)
+        self._check_rows(column, shard, *found)
         self._memory[key] = found
         kept = [tensors for tensors, _ in self._memory.values()]
         sizes = [sum(t.nbytes for t in tensors.values()) for tensors in kept]
@@ -134,6 +142,23 @@ class Columns:
             self._memory.pop(next(iter(self._memory)))
             sizes.pop(0)
         return found
+
+    def _check_rows(
+        self, column: str, shard: Shard, tensors: dict[str, Tensor], about: dict[str, Any]
+    ) -> None:
+        """Refuses rows of other examples than the table has: each score would be a neighbour's."""
+        ids = self.rows[shard.number]
+        key, what = rows_key(ids), "examples" if column == "examples" else "rows"
+        if column == "examples":
+            count, said = len(about["ids"]), rows_key(about["ids"])
+        else:  # earlier versions did not say which examples
+            count, said = rows_of(tensors), about.get("rows", key)
+        if (count, said) != (len(ids), key):
+            file = shard_path(self.path, column, shard)
+            raise ValueError(
+                f"{file}: its {what} are {count} with the key {said}, those of the table are "
+                f"{len(ids)} with the key {key}; {AGAIN}"
+            )
 
     def warm(self, columns: Sequence[str]) -> None:
         """Reads columns before they are asked for, as far as the memory for them goes.

@@ -17,13 +17,11 @@ from ..draws import Draws
 from ..models.base import Denoiser
 from .build import (
     MEASURES,
-    Indexed,
     draws_of,
     environment_of,
     fill,
     layers_of,
     open_encoders,
-    pack_examples,
     part_of,
     plan_shards,
     reopen_encoders,
@@ -31,6 +29,7 @@ from .build import (
 )
 from .columns import Columns
 from .components import Components
+from .examples import Indexed, pack_examples
 from .factors import Layer, Measure, Storage
 from .features import Encoders
 from .fit import CurvatureName, fit_curvature
@@ -42,12 +41,13 @@ from .layout import (
     missing_shards,
     read_manifest,
     remove_others,
+    rows_key,
     write_manifest,
     write_shard,
     writing,
 )
 from .sketch import Sketch
-from .table import finished, read_ids, write_table
+from .table import finished, read_ids, read_rows, write_table
 
 DEFAULT_COLUMNS = ("loss", "factors", "outputs")
 
@@ -67,17 +67,17 @@ class Index(Columns):
     """
 
     def __init__(self, path: Path, model: Denoiser, manifest: Manifest) -> None:
-        super().__init__(path, manifest)
-        self.model = model
-        self.layers: list[Layer] = layers_of(manifest)
-        self.draws: Draws = draws_of(manifest)
-        ids = read_ids(path, manifest)
-        if ids is None:
+        rows = read_rows(path, manifest)
+        if rows is None:
             raise ValueError(
                 f"index {str(path)!r}: its table of examples is not complete; run the same "
                 "`unsee index`, or `append` with the same examples, again to finish it"
             )
-        self.ids: list[str] = ids
+        super().__init__(path, manifest, rows)
+        self.model = model
+        self.layers: list[Layer] = layers_of(manifest)
+        self.draws: Draws = draws_of(manifest)
+        self.ids: list[str] = [i for shard in manifest.shards for i in self.rows[shard.number]]
 
     # -- making -----------------------------------------------------------------------------
 
@@ -263,13 +263,14 @@ class Index(Columns):
         left = examples.select([i for i, k in zip(examples.ids, kept, strict=True) if k])
         packed = pack_examples(left if left.ids else None, self.manifest)
         write_shard(self.path, self.manifest, "examples", new, *packed)
+        of = {"rows": rows_key(left.ids)}
         for column in self.manifest.settings["columns"][1:]:
             tensors, _ = self._column(column, shard)
             part = (
                 Components.of(tensors).select(keep).tensors if column in MEASURES
                 else {n: t[keep] for n, t in tensors.items()}
             )  # fmt: skip
-            write_shard(self.path, self.manifest, column, new, part)
+            write_shard(self.path, self.manifest, column, new, part, of)
 
     # -- curvature --------------------------------------------------------------------------
 

@@ -17,18 +17,20 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import write_atomically
 from ..tensor_files import DamagedFile, read_tensors, write_tensors
 
 SCHEMA = 3
+
+AGAIN = "delete it and run the same `unsee index` again"
 
 
 @dataclass(frozen=True)
@@ -227,11 +229,25 @@ def remove_others(path: Path, manifest: Manifest) -> None:
         file.unlink(missing_ok=True)
 
 
+def remove_curvature(path: Path) -> None:
+    """Removes every curvature: it is fitted again when it is next needed."""
+    for file in path.glob("curvature/*"):
+        file.unlink(missing_ok=True)
+
+
+def rows_key(ids: Sequence[str]) -> str:
+    """Returns a hash of the examples of a shard, which each column keeps in its header."""
+    return _hash(list(ids))
+
+
 def write_shard(
     path: Path, manifest: Manifest, column: str, shard: Shard, tensors: Mapping[str, Tensor],
     about: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Writes one shard of a column; `about` is kept in its header."""
+    """Writes one shard of a column; `about` is kept in its header.
+
+    In the column `examples` it has the `ids`, in all others their `rows_key` as `rows`.
+    """
     header = {"manifest": manifest.key_of(shard), "column": column, "about": about or {}}
     write_tensors(shard_path(path, column, shard), tensors, header)
 
@@ -244,22 +260,55 @@ def read_shard(
     Raises:
         ValueError: it is not there, damaged (every byte is checked), or of another index.
     """
+    file = _present(path, column, shard)
+    try:
+        tensors, header = read_tensors(file)
+    except DamagedFile as error:
+        raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from None
+    return tensors, _checked(file, header, manifest.key_of(shard), column)
+
+
+def read_header(
+    path: Path, manifest: Manifest, column: str, shard: Shard
+) -> tuple[dict[str, Any], int]:
+    """Returns what the header of a shard says, and how many examples its tensors are of.
+
+    The tensors are not read: quick, and nothing is known of damage to them.
+
+    Raises:
+        ValueError: it is not there, damaged, or of another index.
+    """
+    file = _present(path, column, shard)
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})["unsee"])
+            names = list(opened.keys())
+            name = "counts" if "counts" in names else names[0]  # examples have several components
+            count = opened.get_slice(name).get_shape()[0]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): {AGAIN}") from None
+    return _checked(file, header, manifest.key_of(shard), column), count
+
+
+def _present(path: Path, column: str, shard: Shard) -> Path:
     file = shard_path(path, column, shard)
     if not file.is_file():
         raise ValueError(f"{file}: no such shard; run the same `unsee index` again to continue")
-    again = "delete it and run the same `unsee index` again"
+    return file
+
+
+def _checked(file: Path, header: dict[str, Any], expected: str, column: str) -> dict[str, Any]:
+    """Returns what a header says of the rows, where it is the right one."""
     try:
-        tensors, header = read_tensors(file)
-        key, about = header["manifest"], header["about"]
-    except (DamagedFile, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error}): {again}") from None
-    if (key, header["column"]) != (manifest.key_of(shard), column):
+        key, about, of = header["manifest"], header["about"], header["column"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): {AGAIN}") from None
+    if (key, of) != (expected, column):
         raise ValueError(
-            f"{file} belongs to another index or place: its key is {key} of column "
-            f"{header['column']!r}, that of this place is {manifest.key_of(shard)} of {column!r}; "
-            f"put the right one there, or {again}"
+            f"{file} belongs to another index or place: its key is {key} of column {of!r}, that "
+            f"of this place is {expected} of {column!r}; put the right one there, or {AGAIN}"
         )
-    return tensors, about
+    return about
 
 
 class writing:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from ..data.dataset import ImageDataset
 from ..files import write_atomically
-from .build import Indexed
-from .layout import Manifest, read_shard
+from .examples import Indexed
+from .layout import Manifest, read_shard, remove_curvature
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,10 @@ def write_table(path: Path, manifest: Manifest, data: Indexed | None = None) -> 
     file = path / "examples.parquet"
     known: dict[str, dict[str, Any]] = {}
     if file.is_file():
-        known = {row["id"]: row for row in _read(file)[0].to_pylist()}
+        before, said = _read(file)
+        known = {row["id"]: row for row in before.to_pylist()}
+        if said["parts"] == len(manifest.parts) and list(known) != [row["id"] for row in rows]:
+            remove_curvature(path)  # of other rows, though the manifest is the same
     if isinstance(data, ImageDataset):
         at = {identifier: position for position, identifier in enumerate(data.ids)}
         for row in rows:
@@ -51,18 +54,34 @@ def read_ids(path: Path, manifest: Manifest) -> list[str] | None:
     Raises:
         ValueError: the table is damaged.
     """
+    rows = read_rows(path, manifest)
+    return None if rows is None else [i for s in manifest.shards for i in rows[s.number]]
+
+
+def read_rows(path: Path, manifest: Manifest) -> dict[int, list[str]] | None:
+    """Returns number of a shard -> ids of its examples; None where some are to come.
+
+    Raises:
+        ValueError: the table is damaged.
+    """
     file = path / "examples.parquet"
     if not file.is_file():
         return None
-    table, about = _read(file, ["id"])
+    table, about = _read(file, ["id", "shard"])
     ids = table["id"].to_pylist()
     if about["crc32"] != _checksum(ids):
         raise _damaged(file, f"its checksum is {_checksum(ids)}, not {about['crc32']}")
     if about["parts"] != len(manifest.parts):
         return None
+    rows: dict[int, list[str]] = {shard.number: [] for shard in manifest.shards}
     # A deletion that was killed may have left rows behind.
     gone = set(manifest.deleted)
-    return [i for i in ids if i not in gone]
+    for identifier, number in zip(ids, table["shard"].to_pylist(), strict=True):
+        if number not in rows:
+            raise _damaged(file, f"it has a row of shard {number!r}, which there is not")
+        if identifier not in gone:
+            rows[number].append(identifier)
+    return rows
 
 
 def finished(path: Path, manifest: Manifest) -> Manifest:
