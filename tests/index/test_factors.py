@@ -6,11 +6,14 @@ from torch import Tensor
 
 from tests.models.test_unet import TINY, build
 from unsee.draws import Draws
+from unsee.index import factors as factors_module
 from unsee.index.factors import (
     Layer,
+    Measure,
     Storage,
     dequantise,
     example_factors,
+    gradient_scales,
     quantise,
     text_layers,
 )
@@ -245,3 +248,55 @@ def test_a_tiny_model_has_the_layers_of_its_config() -> None:
     assert {layer.width for layer in layers} == {TINY["cross_attention_dim"]}
     assert sorted({layer.channels for layer in layers}) == sorted(TINY["block_out_channels"])
     assert [layer.name for layer in layers] == list(build().parameters)
+
+
+@pytest.mark.parametrize("measure", ["loss", "output_norm", "gauss_newton"])
+def test_small_derivatives_do_not_underflow_in_float16(measure: Measure) -> None:
+    """A mean over 16,384 elements, and a last layer of small weights."""
+    size, draws = 64, 2
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 4, size, size, generator=generator)
+    text = torch.randn(2, T, WIDTH, generator=generator)
+    made = [Draws(n=draws).of(i, (4, size, size)) for i in "ab"]
+    timesteps, noise = (torch.stack(every) for every in zip(*made, strict=True))
+    functionals = torch.randn(noise.shape, generator=generator)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model = build("text in the middle only")
+        with torch.no_grad():
+            for weight in model.network.conv_out.parameters():
+                weight *= 1e-2
+        model.network.to(dtype)
+        layers = text_layers(model)
+        batch = latents, text, timesteps, noise
+        with model.gradients_on():
+            _, factors = example_factors(model, layers, batch, [measure], functionals=functionals)
+        found[dtype] = factors[measure].double()
+    # Eleven bits are 5e-4 a rounding, of which there are some dozen on the way.
+    for row, expected in zip(found[torch.float16], found[torch.float32], strict=True):
+        assert (row - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_where_scaled_derivatives_overflow_smaller_ones_are_tried(monkeypatch) -> None:
+    model = build("text in the middle only")
+    model.network.half()
+    with model.gradients_on():
+        _, expected = example_factors(model, text_layers(model), batch())
+        monkeypatch.setattr(factors_module, "FLOAT16_EXPONENTS", (40, 0, -40))
+        _, found = example_factors(model, text_layers(model), batch())
+    assert found["loss"].dtype == torch.float32 and expected["loss"].isfinite().all()
+    assert torch.equal(found["loss"], expected["loss"])
+
+
+def test_scales_are_powers_of_two_of_single_rows() -> None:
+    outputs = torch.randn(3, 2, 4, 8, 8) * torch.tensor([1.0, 1e-9, 0.0])[:, None, None, None, None]
+    outputs.requires_grad_()
+    values = outputs.square().mean((1, 2, 3, 4))
+    scales = gradient_scales(values, outputs, 0)
+    assert (torch.frexp(scales).mantissa == 0.5).all()
+    alone = outputs.detach()[1:2].requires_grad_()
+    assert gradient_scales(alone.square().mean((1, 2, 3, 4)), alone, 0) == scales[1]
+    assert (gradient_scales(values, outputs, -8) == scales / 256).all()
+    for row in range(2):
+        slope = outputs.detach()[row].abs().max() * 2 / outputs[row].numel()
+        assert 0.5 <= scales[row] * slope < 1

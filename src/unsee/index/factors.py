@@ -34,6 +34,11 @@ HALVES = 2
 """Even and odd draws are averaged apart: their difference tells how sure a score is."""
 
 
+FLOAT16_EXPONENTS = (0, -8, -16)
+"""Powers of two of the largest derivative that enters a float16 network: 2^24 of the smallest
+number, and sums of 2^16 fit in. Where they do not, the next is tried."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """A linear layer whose input is a fixed linear function of the text state.
@@ -163,15 +168,56 @@ def example_factors(
             values = gauss_newton(outputs, halved(functionals)) * (draws / HALVES) ** 0.5
         else:
             values = losses if measure == "loss" else mean_square(outputs, mask)
-        # With respect to the layers' outputs: the gradient of the weights is never formed.
-        got = torch.autograd.grad(
-            values.mean(1).sum(), seen, retain_graph=number + 1 < len(measures)
-        )
-        # Where a row of text served one draw only, its draws are added up here.
-        tokens = [g.reshape(len(values), -1, *g.shape[1:]).sum(1) for g in got]
-        found[measure] = torch.cat(tokens, dim=2).unflatten(0, (count, HALVES))
+        half = next(model.network.parameters()).dtype == torch.float16
+        means, again = values.mean(1), number + 1 < len(measures)
+        tokens = _scaled_slopes(means, outputs, seen) if half else _slopes(means, seen, again)
+        found[measure] = tokens.unflatten(0, (count, HALVES))
     in_order = losses.detach().unflatten(0, (count, HALVES)).mT.flatten(1)
     return in_order, found
+
+
+def _slopes(values: Tensor, seen: Sequence[Tensor], again: bool) -> Tensor:
+    """Returns derivatives [R, T, channels] of values [R] with respect to what layers put out.
+
+    The gradient of the weights is never formed.
+
+    Args:
+        values: of each row.
+        seen: outputs of the layers, [R, T, channels] or, a row for each draw, [R * D, T, channels].
+        again: there is another backward pass to come.
+    """
+    got = torch.autograd.grad(values.sum(), seen, retain_graph=again)
+    got = [g.float() if g.dtype == torch.float16 else g for g in got]
+    # Where a row of text served one draw only, its draws are added up here.
+    return torch.cat([g.reshape(len(values), -1, *g.shape[1:]).sum(1) for g in got], dim=2)
+
+
+def _scaled_slopes(values: Tensor, outputs: Tensor, seen: Sequence[Tensor]) -> Tensor:
+    """The same through a float16 network, float32: scaled so that nothing small is lost."""
+    found = torch.empty(0)
+    for exponent in FLOAT16_EXPONENTS:
+        scales = gradient_scales(values, outputs, exponent)
+        found = _slopes(values * scales, seen, True) / scales[:, None, None]
+        if found.isfinite().all():
+            break
+    return found
+
+
+def gradient_scales(values: Tensor, outputs: Tensor, exponent: int) -> Tensor:
+    """Returns what to multiply values [R] with before they go back through a float16 network.
+
+    The derivatives of a mean over thousands of elements are too small for float16. Powers of two
+    round nothing, and each row has its own, so that it does not depend on its neighbours.
+
+    Args:
+        values: of each row.
+        outputs: [R, D, C, h, w] of the network, what the values were made of.
+        exponent: power of two that the largest derivative in a row is to stay below.
+    """
+    (slopes,) = torch.autograd.grad(values.sum(), outputs, retain_graph=True)
+    largest = slopes.flatten(1).abs().amax(1)
+    exponents = torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent
+    return torch.ldexp(torch.ones_like(largest), exponent - exponents)
 
 
 def gauss_newton(outputs: Tensor, functionals: Tensor) -> Tensor:
