@@ -208,6 +208,9 @@ def test_bad_scores(case, tmp_path, capsys) -> None:
         ('{"id": "a", "prompt": "a cat", "seed": 1, "size": 3}', "line 1: not like"),
         ('\n["a"]', "line 2: not like"),
         ('{"id": "a", "prompt": "a cat", "seed": "1"}', "line 1: seed is '1'"),
+        ('{"id": "a", "prompt": "a cat", "seed": true}', "line 1: seed is True"),
+        ('{"id": "a", "prompt": "x", "seed": 1, "steps": -3}', "line 1: steps = -3 must be"),
+        ('{"id": "a", "prompt": "x", "seed": 1, "guidance_scale": "7"}', "guidance_scale is '7'"),
         ('{"id": "a", "prompt": "x", "seed": 1}\n' * 2, "line 2: id 'a' appears twice"),
     ],
 )

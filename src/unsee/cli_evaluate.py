@@ -234,7 +234,8 @@ def recorded_command(model: Path, fingerprint: str) -> list[str]:
         raise ValueError(f"{path} is of other data (fingerprint {about['data']['fingerprint']}, "
                          f"here {fingerprint})")  # fmt: skip
     told = {name: how[name] for name in ("steps", "batch_size", "learning_rate", "seed")}
-    if vars(Optimization(**told)) != how:
+    # Snapshots change nothing, and records of before have none.
+    if {**vars(Optimization(**told)), "snapshots": None} != {**how, "snapshots": None}:
         raise ValueError(f"{path}: settings that `unsee train` has no options for: give "
                          "--train-command")  # fmt: skip
     options = {

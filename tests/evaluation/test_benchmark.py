@@ -61,11 +61,11 @@ def test_plan_trains_every_subset_once_before_any_twice() -> None:
     assert all(r.keep == by_subset[r.subset] for r in again)
 
 
-def test_outcomes_are_means_over_timesteps_and_seeds(tmp_path: Path) -> None:
+def test_outcomes_are_means_over_timesteps_of_the_first_seed(tmp_path: Path) -> None:
     losses = {"full-0": [9, 9], "half-02-0": [1, 2], "half-02-1": [3, 6], "half-40-0": [5, 7]}
     got = read_outcomes(write(tmp_path / "o.parquet", losses), IDS, QUERIES)
     assert got.numbers.tolist() == [2, 40]
-    assert got.losses.tolist() == [[2.5, 4.5], [5.5, 7.5]]
+    assert got.losses.tolist() == [[1.5, 2.5], [5.5, 7.5]]
     assert got.first.tolist() == [[1.5, 2.5]] and got.second.tolist() == [[3.5, 6.5]]
     members, _ = members_and_decoys(IDS)
     assert np.flatnonzero(got.masks[0]).tolist() == list(subset(members, 2))
@@ -85,6 +85,14 @@ def test_outcomes_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         read_outcomes(path, IDS, [*QUERIES, "c"])
     path = write(tmp_path / "o.parquet", {"half-01-0": [float("nan"), 2.0]})
     with pytest.raises(ValueError, match="run half-01-0 has no finite loss"):
+        read_outcomes(path, IDS, QUERIES)
+    path = write(tmp_path / "o.parquet", good)
+    whole = pq.read_table(path)
+    pq.write_table(whole.slice(1), path)
+    with pytest.raises(ValueError, match="no finite loss of a query in each of the 2 parts"):
+        read_outcomes(path, IDS, QUERIES)
+    pq.write_table(pa.concat_tables([whole, whole.slice(0, 1)]), path)
+    with pytest.raises(ValueError, match="two losses of 'a' in timestep_bin 0"):
         read_outcomes(path, IDS, QUERIES)
     path = write(tmp_path / "o.parquet", {"half-99-0": [1.0, 2.0]})
     with pytest.raises(ValueError, match="'half-99-0' is not of this benchmark"):

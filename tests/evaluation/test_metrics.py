@@ -318,19 +318,36 @@ def test_map_at_k_takes_the_teachers_top(rng, scores):
     assert (map_at_k(teacher, teacher, 4) == 1).all()
 
 
-def test_equal_scores_keep_the_order_of_the_examples():
-    scores = np.zeros((1, 4))
-    assert recall_at_k(scores, np.array([[True, False, False, False]]), 1) == 1
-    assert map_at_k(np.array([[4.0, 3.0, 2.0, 1.0]]), scores, 2) == 1
+def test_equal_scores_count_against_the_method():
+    scores = np.array([[1.0, 1.0, 1.0, 0.0]])
+    for place in range(3):  # whatever the order of the examples
+        positives = np.arange(4)[None] == place
+        assert recall_at_k(scores, positives, 2) == 0
+        assert average_precision(scores, positives) == pytest.approx(1 / 3)
+        assert decoy_share(scores, positives[0], 1) == 1
+
+
+def test_scores_that_say_nothing_are_refused():
+    scores, positives = np.zeros((1, 4)), np.array([[True, False, False, False]])
+    for judge in (
+        lambda: recall_at_k(scores, positives, 1),
+        lambda: average_precision(scores, positives),
+        lambda: map_at_k(np.arange(4.0)[None], scores, 2),
+        lambda: decoy_share(scores, positives[0], 2),
+    ):
+        with pytest.raises(ValueError, match="query 0 has equal values for all examples"):
+            judge()
 
 
 def test_rankings_refuse(scores):
     positives = np.ones(scores.shape, dtype=bool)
     decoys = positives[0]
-    with pytest.raises(ValueError, match="k = 13 is not from 1 to 12"):
+    with pytest.raises(ValueError, match="k = 13 is no whole number from 1 to 12"):
         recall_at_k(scores, positives, 13)
-    with pytest.raises(ValueError, match="k = 0 is not from 1 to 12"):
+    with pytest.raises(ValueError, match="k = 0 is no whole number from 1 to 12"):
         decoy_share(scores, decoys, 0)
+    with pytest.raises(ValueError, match=r"k = 2.5 is no whole number"):
+        recall_at_k(scores, positives, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mAP\(k\), teacher: k = 13"):
         map_at_k(scores, scores, 13)
     with pytest.raises(ValueError, match="no example is a decoy"):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from unsee.data.dataset import load_dataset
+from unsee.data.dataset import ImageDataset, load_dataset
 from unsee.evaluation.retrain import retrain, without, without_top
 
 IDS = ["a", "b", "c", "d é"]
@@ -200,6 +200,22 @@ def test_writes_the_examples_as_an_image_folder(tmp_path, image_folder):
     assert result.error is None
     assert load_dataset("imagefolder", data_dir=result.model).ids == kept
     assert not (tmp_path / "runs" / "one" / "data").exists()  # it has served
+
+
+def test_a_folder_of_another_data_set_is_refused(tmp_path, image_folder):
+    """The same ids may stand for other pictures."""
+    data = load_dataset("imagefolder", data_dir=image_folder)
+    captions = [["something else"]] * len(data)
+    table = data.table.remove_columns("captions").add_column("captions", captions)
+    other = ImageDataset(table, data.name)
+    assert other.ids == data.ids and other.fingerprint != data.fingerprint
+    arguments = [sys.executable, "-c", "open(__import__('sys').argv[2] + '/m', 'w')",
+                 "{data}", "{out}"]  # fmt: skip
+    runs = {"one": data.ids[:3]}
+    (result,) = retrain(arguments, runs, data.ids, tmp_path, data=data)
+    assert result.error is None
+    with pytest.raises(ValueError, match=f"another data set .fingerprint {data.fingerprint}, here"):
+        retrain(arguments, runs, data.ids, tmp_path, data=other)
 
 
 def test_no_image_folder_without_a_data_set(tmp_path):

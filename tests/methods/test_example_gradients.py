@@ -11,7 +11,7 @@ from scipy.stats import pearsonr
 from tests.methods.conftest import Setting
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
-from unsee.methods.example_gradients import QueryExamples, example_gradients
+from unsee.methods.example_gradients import Measure, QueryExamples, example_gradients
 from unsee.methods.influence import Influence, influence_scores, second_order_scores
 from unsee.methods.trak import trak_kernel, trak_scores
 from unsee.query import Query
@@ -113,6 +113,26 @@ def test_small_unlearning_steps_are_influence(double: Setting, query: Query) -> 
     first_order = influence.attribute(query).values
     # What is left is of second order in a step of 1e-5 of the loss, and float32 storage.
     assert pearsonr(unlearned, first_order).statistic > 0.99999
+
+
+@pytest.mark.parametrize("measure", ["loss", "output_norm"])
+def test_a_box_is_asked_about_alone(double: Setting, query: Query, measure: Measure) -> None:
+    mask = torch.zeros(8, 8)
+    mask[2:5, :4] = 1
+    boxed, draws = dataclasses.replace(query, mask=mask), Draws(seed=1, n=2)
+    (row,) = example_gradients(double.model, QueryExamples([boxed]), draws, measure=measure).shards
+    timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
+    with double.model.gradients_on():
+        outputs, target = double.model.predict(
+            query.latents[None], query.text[None], timesteps[None], noise[None]
+        )
+        error = outputs - target if measure == "loss" else outputs
+        got = torch.autograd.grad(
+            error[..., 2:5, :4].square().mean(), list(double.model.parameters.values())
+        )
+    expected = torch.cat([g.flatten() for g in got]).numpy()
+    # rows are kept in float32
+    assert row[0] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_candidates_are_scored_alike(double: Setting, query: Query) -> None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from tests.methods.conftest import Setting
 from tests.reference import mucs as reference
+from unsee.draws import Draws
 from unsee.methods.mucs import MUCS, SharedDraws
 from unsee.methods.unlearning import query_loss
+from unsee.models.unet import UNetDenoiser
 from unsee.query import Query
 
 RATE, DRAWS = 1e-2, SharedDraws(seed=4, n=3, first=200)
@@ -65,6 +69,28 @@ def test_forgetting_stops_at_the_bound(double: Setting, query: Query) -> None:
     assert unlearned.loss_before == unlearned.loss_after >= mucs.stop * mucs.bound(query)
     with pytest.raises(ValueError, match="stop = 0"):
         method(double, stop=0)
+
+
+def test_a_box_has_a_bound_of_its_own(double: Setting, query: Query) -> None:
+    mucs, mask = method(double), torch.zeros(8, 8)
+    mask[:3, 2:] = 1
+    timesteps, noise = mucs.query_draws.of(query.id, tuple(query.latents.shape))
+    _, target = double.model.predict(
+        query.latents[None], query.text[None], timesteps[None], noise[None]
+    )
+    boxed = dataclasses.replace(query, mask=mask)
+    assert mucs.bound(boxed) == pytest.approx(float(target[..., :3, 2:].square().mean()))
+
+
+def test_a_short_schedule_is_drawn_from_alone(double: Setting, query: Query) -> None:
+    mucs = method(double)
+    scheduler = DDPMScheduler(num_train_timesteps=50)
+    short = UNetDenoiser(double.model.network, scheduler, "cross-attn-kv")
+    few = SharedDraws(seed=4, n=3, num_train_timesteps=50)
+    drawn = dataclasses.replace(
+        mucs, model=short, draws=few, query_draws=Draws(1, 4, num_train_timesteps=50)
+    )
+    assert np.isfinite(drawn.attribute(query).values).all()
 
 
 def test_candidates_batches_and_resumption_change_nothing(

@@ -89,7 +89,9 @@ class Outcomes:
     Attributes:
         masks: [M, N] bool, which examples each subset holds.
         numbers: [M], the subsets' numbers, from 1.
-        losses: [M, Q] float64, loss of each query, averaged over timesteps and training seeds.
+        losses: [M, Q] float64, loss of each query under the subset's first training, averaged
+            over timesteps. A second seed is not averaged in: seeds differ by more than chance (the
+            queries were made by a model of the first), and only some subsets have two.
         first: [T, Q] float64, losses of the subsets that were trained twice, first seed.
         second: [T, Q] float64, the same subsets, second seed.
     """
@@ -116,7 +118,7 @@ def read_outcomes(path: Path, ids: Sequence[str], query_ids: Sequence[str]) -> O
 
     Raises:
         ValueError: no such file, a column that is missing, outcomes of other queries or another
-            data set, or a loss that is missing or not finite.
+            data set, or a loss that is missing, not finite, or there twice.
     """
     if not path.is_file():
         raise ValueError(f"outcomes {str(path)!r}: no such file; make them with benchmarks/twemoji")
@@ -130,21 +132,29 @@ def read_outcomes(path: Path, ids: Sequence[str], query_ids: Sequence[str]) -> O
     _check_columns(table, path)
     column = {q: i for i, q in enumerate(query_ids)}
     runs = {r.name: r for r in plan(ids)}
-    sums: dict[str, np.ndarray] = {}
-    counts: dict[str, np.ndarray] = {}
+    found: dict[str, dict[tuple[int, int], float]] = {}
     for row in table.to_pylist():
         if row["query"] not in column or row["run"] not in runs:
             what = row["query"] if row["query"] not in column else row["run"]
             raise ValueError(f"outcomes {str(path)!r}: {what!r} is not of this benchmark")
-        at = column[row["query"]]
-        sums.setdefault(row["run"], np.zeros(len(column)))[at] += (
-            np.nan if row["loss"] is None else row["loss"]
-        )
-        counts.setdefault(row["run"], np.zeros(len(column)))[at] += 1
-    means = {name: sums[name] / np.maximum(counts[name], 1) for name in sums}
-    for name, mean in means.items():
-        if not np.isfinite(mean).all() or not counts[name].all():
-            raise ValueError(f"outcomes {str(path)!r}: run {name} has no finite loss of a query")
+        losses = found.setdefault(row["run"], {})
+        place = column[row["query"]], row["timestep_bin"]
+        if place in losses:
+            raise ValueError(
+                f"outcomes {str(path)!r}: run {row['run']} has two losses of {row['query']!r} in "
+                f"timestep_bin {row['timestep_bin']}"
+            )
+        losses[place] = np.nan if row["loss"] is None else row["loss"]
+    bins = sorted({part for losses in found.values() for _, part in losses})
+    means = {}
+    for name, losses in found.items():
+        cells = [[losses.get((at, part), np.nan) for part in bins] for at in range(len(column))]
+        if not np.isfinite(cells).all():
+            raise ValueError(
+                f"outcomes {str(path)!r}: run {name} has no finite loss of a query in each of the "
+                f"{len(bins)} parts of the schedule"
+            )
+        means[name] = np.mean(cells, axis=1)
     return _arranged(means, runs, len(ids))
 
 
@@ -154,6 +164,7 @@ def _check_columns(table: pa.Table, path: Path) -> None:
     text = pa.types.is_string, pa.types.is_large_string
     for name, kind, fits in (
         ("run", "text", text), ("query", "text", text), ("loss", "numbers", numbers),
+        ("timestep_bin", "whole numbers", (pa.types.is_integer,)),
     ):  # fmt: skip
         if name not in table.column_names:
             raise ValueError(f"outcomes {str(path)!r}: there is no column {name!r}")
@@ -171,7 +182,7 @@ def _arranged(means: dict[str, np.ndarray], runs: dict[str, Run], examples: int)
     masks = np.zeros((len(numbers), examples), dtype=bool)
     for place, number in enumerate(numbers):
         masks[place, list(runs[next(iter(by_subset[number].values()))].keep)] = True
-    losses = [np.mean([means[n] for n in by_subset[m].values()], axis=0) for m in numbers]
+    losses = [means[by_subset[m][min(by_subset[m])]] for m in numbers]
     both = [m for m in numbers if len(by_subset[m]) == 2]
     width = len(next(iter(means.values()))) if means else 0
     return Outcomes(

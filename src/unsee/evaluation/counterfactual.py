@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,16 @@ def read_queries(path: Path) -> list[Prompted]:
                 f'{where}: not like {{"id": "cat", "prompt": "a cat", "seed": 3}}, which may also '
                 "have steps and guidance_scale"
             ) from None
-        for name, kind in (("id", str), ("prompt", str), ("seed", int), ("steps", int)):
-            if not isinstance(getattr(query, name), kind):
-                raise ValueError(f"{where}: {name} is {getattr(query, name)!r}")
+        for name, kind in (("id", str), ("prompt", str), ("seed", int), ("steps", int),
+                           ("guidance_scale", (int, float))):  # fmt: skip
+            value = getattr(query, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{where}: {name} is {value!r}")
+        if query.steps < 1 or not math.isfinite(query.guidance_scale):
+            raise ValueError(
+                f"{where}: steps = {query.steps} must be at least 1, and guidance_scale = "
+                f"{query.guidance_scale} a number"
+            )
         if query.id in (q.id for q in found):
             raise ValueError(f"{where}: id {query.id!r} appears twice")
         found.append(query)
@@ -164,7 +172,7 @@ def evaluate_removals(
         k: how many examples are removed.
         command: trains a model, see `retrain`.
         out: folder of the runs, of this K in `out/kK`.
-        open_model: opens the folder that the command wrote; raises a ValueError if it cannot.
+        open_model: opens the folder that the command wrote; raises an exception if it cannot.
         random: how many random sets are removed; all queries share them.
         seed: of the random sets.
         draws: timesteps and noises of a query's loss.
@@ -180,19 +188,24 @@ def evaluate_removals(
     # A seed that methods do not use, so that no luck is shared.
     fixed = Draws(seed=-100, n=draws, num_train_timesteps=model.num_train_timesteps)
     rows = [_row(q, measure_outcome(model, q, fixed), FULL, FULL, 0, "") for q in asked]
-    results = retrain(command, runs, data.ids, folder, data=data, check=open_model)
+    own = {r.name: [q for q in asked if r.query in ("", q.id)] for r in plan}
+
+    def measured(trained: Path) -> list[Outcome]:
+        return _measured(trained, own[trained.parent.name], fixed, open_model)
+
+    # A model that cannot be measured is none: such a run has failed, and is not finished.
+    results = retrain(command, runs, data.ids, folder, data=data, check=measured)
     failed = []
     for removal, result in zip(plan, results, strict=True):
         if result.error is not None:
             failed.append(result)
             continue
-        own = [q for q in asked if removal.query in ("", q.id)]
         try:
-            outcomes = _measured(result.model, own, fixed, open_model)
-        except ValueError as error:
+            outcomes = measured(result.model)
+        except Exception as error:  # see retrain: of a run that was finished before
             failed.append(dataclasses.replace(result, error=f"run {result.name!r}: {error}"))
             continue
-        rows += _rows(removal, own, outcomes, k)
+        rows += _rows(removal, own[removal.name], outcomes, k)
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "outcomes.parquet", lambda path: pq.write_table(table, path))
     return LeftOut(rows, leave_out_effects(rows, level=level), failed)

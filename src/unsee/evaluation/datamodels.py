@@ -29,7 +29,8 @@ def datamodels(
 
     Raises:
         ValueError: no alphas or one that is not positive; shapes that do not fit, fewer than 3
-            subsets, values that are not finite, or a query of constant outcomes.
+            subsets or all of the same examples, values that are not finite, or a query of
+            constant outcomes.
     """
     errors = left_out_errors(masks, outcomes, alphas)
     alpha = alphas[int(np.argmin(errors.mean(1)))]
@@ -59,6 +60,8 @@ def left_out_errors(
     """
     masks, outcomes = np.asarray(masks), np.asarray(outcomes, dtype=np.float64)
     check_subsets(masks, outcomes)
+    if (masks == masks[0]).all():
+        raise ValueError("datamodels: masks: all subsets hold the same examples")
     if not len(alphas) or min(alphas) <= 0 or not np.isfinite(alphas).all():
         raise ValueError(f"datamodels: alphas {list(alphas)} must be positive numbers")
     x = masks - masks.mean(0)

@@ -174,8 +174,8 @@ def noise_ceiling(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> np.ndarray:
     """Returns the share of each query's positives that are among its top k, [Q] float64.
 
-    It is not capped: with more than k positives it stays below 1. Equal scores are ranked in the
-    order of the examples, here and below.
+    It is not capped: with more than k positives it stays below 1. Equal scores count against the
+    method, here and below: an order among them would be nobody's.
 
     Args:
         scores: [Q, N] float.
@@ -183,8 +183,8 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> np.ndarray
         k: how many examples are looked at.
 
     Raises:
-        ValueError: shapes that differ, k below 1 or above N, a score that is not finite, or a
-            query without positives.
+        ValueError: shapes that differ, k that is not a whole number from 1 to N, a score that is
+            not finite, or a query without positives or whose scores are all equal.
     """
     hits = _hits("recall@k", scores, positives)
     _check_k("recall@k", k, hits.shape[1])
@@ -237,29 +237,34 @@ def decoy_share(scores: np.ndarray, decoys: np.ndarray, k: int) -> np.ndarray:
     Raises:
         ValueError: see `recall_at_k`; or no decoys.
     """
-    decoys = np.asarray(decoys)
-    top = _top("decoy share", scores, k)
-    if decoys.dtype != bool or decoys.shape != top.shape[1:]:
+    scores, decoys = np.asarray(scores), np.asarray(decoys)
+    if decoys.dtype != bool or decoys.shape != scores.shape[1:]:
         raise ValueError(
             f"decoy share: decoys are {decoys.dtype} {list(decoys.shape)}, not bool, one for each "
-            f"of the {top.shape[1]} examples"
+            f"of the {scores.shape[-1]} examples"
         )
     if not decoys.any():
         raise ValueError("decoy share: no example is a decoy")
+    top = _top("decoy share", scores, k, last=~decoys)
     return (top & decoys).sum(1) / k
 
 
-def _ordered(what: str, scores: np.ndarray) -> np.ndarray:
+def _ordered(what: str, scores: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
+    """Returns the examples of each query, best first; those in `last` after their equals."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2:
         raise ValueError(f"{what}: scores are {list(scores.shape)}, not [queries, examples]")
     check_finite(f"{what}: scores", scores, "query", "example")
-    return np.argsort(-scores, axis=1, kind="stable")
+    if scores.shape[1] > 1:
+        _check_varied(f"{what}: scores", scores, "examples")
+    if last is None:
+        return np.argsort(-scores, axis=1, kind="stable")
+    return np.lexsort((np.broadcast_to(last, scores.shape), -scores), axis=1)
 
 
-def _top(what: str, scores: np.ndarray, k: int) -> np.ndarray:
+def _top(what: str, scores: np.ndarray, k: int, last: np.ndarray | None = None) -> np.ndarray:
     """Returns [Q, N] bool: which examples are among their query's top k."""
-    order = _ordered(what, scores)
+    order = _ordered(what, scores, last)
     _check_k(what, k, order.shape[1])
     top = np.zeros(order.shape, dtype=bool)
     np.put_along_axis(top, order[:, :k], True, 1)
@@ -268,12 +273,13 @@ def _top(what: str, scores: np.ndarray, k: int) -> np.ndarray:
 
 def _hits(what: str, scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Returns [Q, N] bool: whether the example at each rank is positive, best rank first."""
-    order, positives = _ordered(what, scores), np.asarray(positives)
-    if positives.dtype != bool or positives.shape != order.shape:
+    scores, positives = np.asarray(scores), np.asarray(positives)
+    if positives.dtype != bool or positives.shape != scores.shape:
         raise ValueError(
             f"{what}: positives are {positives.dtype} {list(positives.shape)}, not bool "
-            f"{list(order.shape)} as the scores"
+            f"{list(scores.shape)} as the scores"
         )
+    order = _ordered(what, scores, positives)
     if not positives.any(1).all():
         raise ValueError(f"{what}: query {int(np.argmin(positives.any(1)))} has no positives")
     return np.take_along_axis(positives, order, 1)
@@ -324,5 +330,6 @@ def _check_varied(what: str, values: np.ndarray, over: str) -> None:
 
 
 def _check_k(what: str, k: int, examples: int) -> None:
-    if not 1 <= k <= examples:
-        raise ValueError(f"{what}: k = {k} is not from 1 to {examples}, the number of examples")
+    if k != int(k) or not 1 <= k <= examples:
+        raise ValueError(f"{what}: k = {k} is no whole number from 1 to {examples}, the number of "
+                         "examples")  # fmt: skip

@@ -21,6 +21,9 @@ LOG = logging.getLogger(__name__)
 LAST_LINES = 20
 """Of a failed command's output that are shown."""
 
+BEGUN = "begun.json"
+"""Written first: of which data set the examples are."""
+
 FINISHED = "finished.json"
 """Written last: a run whose folder holds it is not repeated."""
 
@@ -100,7 +103,7 @@ def retrain(
         ids: of all examples.
         out: folder of the runs.
         data: the examples, for `{data}`.
-        check: is called with the folder of a model; a ValueError says why it is none.
+        check: is called with the folder of a model; an exception says why it is none.
 
     Returns:
         For each run, in order, where its model is or what went wrong.
@@ -108,7 +111,7 @@ def retrain(
     Raises:
         ValueError: a command without placeholders or that cannot be started, a name that is no
             folder name, no ids, unknown ids, ids given twice, or a folder that holds a run on
-            other ids or by another command.
+            other ids, of another data set or by another command.
     """
     check_command(command, folder=data is not None)
     for name, kept in runs.items():
@@ -116,7 +119,7 @@ def retrain(
             raise ValueError(f"retrain: run name {name!r} cannot be the name of a folder")
         if not _known(kept, ids, f"run {name!r}"):
             raise ValueError(f"retrain: run {name!r} is to be trained on no examples")
-        _check_folder(out / name, command, kept)
+        _check_folder(out / name, command, kept, data)
     results = []
     for number, (name, kept) in enumerate(runs.items(), start=1):
         if not (out / name / FINISHED).is_file():
@@ -159,12 +162,20 @@ def _known(chosen: Sequence[str], ids: Sequence[str], what: str) -> set[str]:
     return seen
 
 
-def _check_folder(folder: Path, command: Sequence[str], kept: Sequence[str]) -> None:
+def _check_folder(
+    folder: Path, command: Sequence[str], kept: Sequence[str], data: ImageDataset | None
+) -> None:
     """Refuses a folder that holds, or begins, another run than this."""
-    data, finished = folder / "ids.txt", folder / FINISHED
-    if data.is_file() and data.read_text(encoding="utf-8") != _text(kept):
+    listed, begun, finished = folder / "ids.txt", folder / BEGUN, folder / FINISHED
+    if listed.is_file() and listed.read_text(encoding="utf-8") != _text(kept):
         raise ValueError(
             f"retrain: {str(folder)!r} holds a run on other ids; remove it or use another folder"
+        )
+    here = None if data is None else data.fingerprint
+    if begun.is_file() and (there := json.loads(begun.read_text(encoding="utf-8"))["data"]) != here:
+        raise ValueError(
+            f"retrain: {str(folder)!r} holds a run on another data set (fingerprint {there}, here "
+            f"{here}); remove it or use another folder"
         )
     if finished.is_file():
         about = json.loads(finished.read_text(encoding="utf-8"))
@@ -188,6 +199,8 @@ def _run(
         return Retrained(name, model)
     model.mkdir(parents=True, exist_ok=True)
     write_atomically(listed, lambda path: path.write_text(_text(kept), encoding="utf-8"))
+    of = json.dumps({"data": None if data is None else data.fingerprint})
+    write_atomically(folder / BEGUN, lambda path: path.write_text(of, encoding="utf-8"))
     if data is not None and any("{data}" in argument for argument in command):
         write_image_folder(data.select(kept), folder / "data")
     places = {"{data}": folder / "data", "{ids}": listed, "{out}": model}
@@ -227,8 +240,8 @@ def _wrong(code: int, model: Path, check: Callable[[Path], object] | None) -> st
     try:
         if check is not None:
             check(model)
-    except ValueError as error:
-        return f"wrote no model that can be used: {error}"
+    except Exception as error:  # whatever a strange model makes the libraries below stumble on
+        return f"wrote no model that can be used: {str(error) or repr(error)}"
     return None
 
 

@@ -125,15 +125,15 @@ class Scores:
             table = pq.read_table(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"scores {str(path)!r}: cannot be read ({error})") from None
-        about = json.loads((table.schema.metadata or {}).get(b"unsee", b"{}"))
         try:
+            about = json.loads((table.schema.metadata or {}).get(b"unsee", b"{}"))
             ids = table["id"].cast(pa.string()).to_pylist()
             values = table["score"].cast(pa.float64()).to_numpy()
             errors = None
             if "error" in table.column_names:
                 errors = table["error"].cast(pa.float64()).to_numpy()
             method, settings = about["method"], about["settings"]
-        except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        except (KeyError, TypeError, ValueError, pa.ArrowNotImplementedError):
             raise ValueError(f"scores {str(path)!r}: not a score file of unsee") from None
         if len(set(ids)) < len(ids):
             twice = next(i for i, n in Counter(ids).items() if n > 1)

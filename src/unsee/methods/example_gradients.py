@@ -16,7 +16,7 @@ from ..data.batches import gather
 from ..data.latents import EncodedExamples
 from ..draws import DrawSource, random_functionals, stable_seed
 from ..files import settings_key, write_atomically
-from ..index.factors import Measure, gauss_newton
+from ..index.factors import Measure, gauss_newton, mean_square
 from ..models.base import Denoiser
 from ..query import Query
 from .forward import load_array, save_array
@@ -95,7 +95,7 @@ class QueryExamples:
     def fingerprint(self) -> str:
         """A hash of what the gradients depend on."""
         parts = [t.contiguous().numpy().tobytes().hex() for q in self.queries
-                 for t in (q.latents, q.text)]  # fmt: skip
+                 for t in (q.latents, q.text, q.mask) if t is not None]  # fmt: skip
         return f"{stable_seed(*self.ids, *parts):016x}"
 
     def latents(self, rows: Sequence[int], flipped: bool = False) -> Tensor:
@@ -173,6 +173,7 @@ def _gradient(
 ) -> np.ndarray:
     """Returns [P] float32."""
     captions = data.caption_counts[row]
+    mask = data.queries[row].mask if isinstance(data, QueryExamples) else None
     total: list[Tensor] = []
     for caption in range(captions):
         latents, text, timesteps, noise = gather(data, draws, [(0, row, caption)])
@@ -185,7 +186,7 @@ def _gradient(
             part = slice(d, d + batch_size)
             values = _values(
                 model, latents, text, timesteps[:, part], noise[:, part], measure,
-                None if functional is None else functional[:, part],
+                None if functional is None else functional[:, part], mask,
             )  # fmt: skip
             # An average of random functionals has the variance of one draw when it is divided
             # by the root of their number.
@@ -203,15 +204,17 @@ def _gradient(
 
 def _values(
     model: Denoiser, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor,
-    measure: Measure, functional: Tensor | None,
+    measure: Measure, functional: Tensor | None, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Returns [1, D] numbers to differentiate."""
+    """Returns [1, D] numbers to differentiate, of the cells of the mask."""
     if measure == "loss":
-        return model.loss(latents, text, timesteps, noise)
+        return model.loss(latents, text, timesteps, noise, mask)
     outputs, _ = model.predict(latents, text, timesteps, noise)
     if measure == "output_norm":
-        return outputs.square().mean(dim=(2, 3, 4))
+        return mean_square(outputs, mask)
     assert functional is not None
+    if mask is not None:
+        raise ValueError("random functionals are of the whole output: ask without a box")
     return gauss_newton(outputs, functional)
 
 

@@ -156,10 +156,14 @@ class MUCS:
         """Returns the loss of the query where the network says nothing, the limit of forgetting."""
         timesteps, noise = self.query_draws.of(query.id, tuple(query.latents.shape))
         batch = query.latents[None], query.text[None], timesteps[None], noise[None]
-        return float(self.model.predict(*batch)[1].double().square().mean())
+        squares = self.model.predict(*batch)[1].double().square().mean(dim=(0, 1, 2))  # [h, w]
+        if query.mask is None:
+            return float(squares.mean())
+        mask = query.mask.to(squares)
+        return float((squares * mask).sum() / mask.sum())
 
     def _forget_loss(self, query: Query, step: int, bound: float) -> Tensor:
-        draws = Draws(stable_seed(self.seed, "forget", step), self.batch_size)
+        draws = self._fresh(stable_seed(self.seed, "forget", step), self.batch_size)
         timesteps, noise = draws.of(query.id, tuple(query.latents.shape))
         losses = self.model.loss(
             query.latents[None], query.text[None], timesteps[None], noise[None], query.mask
@@ -173,7 +177,10 @@ class MUCS:
         rows = generator.permutation(len(data.ids))[: self.batch_size].tolist()
         captions = [int(generator.integers(data.caption_counts[r])) for r in rows]
         jobs = [(0, r, c) for r, c in zip(rows, captions, strict=True)]
-        return self.model.loss(*gather(data, Draws(key, 1), jobs)).mean()
+        return self.model.loss(*gather(data, self._fresh(key, 1), jobs)).mean()
+
+    def _fresh(self, seed: int, n: int) -> Draws:
+        return Draws(seed, n, num_train_timesteps=self.model.num_train_timesteps)
 
     @exact_kernels()
     def losses(self, rows: Sequence[int], weights: Weights | None = None) -> np.ndarray:
