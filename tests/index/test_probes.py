@@ -15,7 +15,8 @@ from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws, random_functionals
 from unsee.index.factors import dequantise
 from unsee.index.index import Index
-from unsee.methods.indexed import AbU, query_gradients, second_order
+from unsee.methods.indexed import AbU, query_gradients
+from unsee.methods.products import second_order
 from unsee.query import Query
 
 from .conftest import DRAWS, build_index

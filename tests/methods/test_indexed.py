@@ -17,8 +17,9 @@ from unsee.index import fit
 from unsee.index.index import Index
 from unsee.methods.base import Scores
 from unsee.methods.example_gradients import QueryExamples, example_gradients
-from unsee.methods.indexed import AbU, query_gradients, with_errors
+from unsee.methods.indexed import AbU, query_gradients
 from unsee.methods.influence import influence_scores
+from unsee.methods.products import with_errors
 from unsee.methods.unlearning import ForwardAbU, query_gradient
 from unsee.models.unet import UNetDenoiser
 from unsee.query import Query
@@ -252,6 +253,23 @@ def test_batches_of_the_query_change_nothing(exact, query: Query) -> None:
         assert_close(found.errors, expected.errors)
 
 
+@pytest.mark.parametrize("asked", [None, 2])
+def test_the_batch_size_is_that_of_forward_passes_too(exact, query, monkeypatch, asked) -> None:
+    """By default, whatever forward re-evaluation takes."""
+    seen = []
+
+    def losses(*_: object, batch_size: int, **__: object) -> None:
+        seen.append(batch_size)
+        raise InterruptedError
+
+    monkeypatch.setattr("unsee.methods.unlearning.forward_losses", losses)
+    # Losses before are not those of the index, so that they are the first to be computed.
+    monkeypatch.setattr("unsee.methods.two_stage.environment_of", lambda _: {})
+    with pytest.raises(InterruptedError):
+        abu(exact, forward=True, batch_size=asked).attribute(query, candidates=["picture-1"])
+    assert seen == [asked or 80]
+
+
 @pytest.mark.parametrize(
     "options", [{"batch_size": 4}, {"shard_size": 3}, {"shard_size": 1000}], ids=str
 )
@@ -386,6 +404,11 @@ def test_errors_are_as_large_as_what_other_draws_do(tmp_path: Path) -> None:
         ({"columns": ["loss"]}, "'loss' is no column of gradients in the index; it has factors"),
         ({"columns": ["sketch"]}, "'sketch' is no column of gradients in the index"),
         ({"columns": []}, "no column of gradients"),
+        ({"damping": -1}, "damping = -1 must not be negative"),
+        ({"damping": -1, "curvature": "identity"}, "damping = -1 must not be negative"),
+        ({"shortlist": 0}, "shortlist = 0 must be at least 1"),
+        ({"shortlist": -5, "forward": True}, "shortlist = -5 must be at least 1"),
+        ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
     ],
 )
 def test_bad_options_are_refused(exact, options, message: str) -> None:
@@ -398,12 +421,12 @@ def test_bad_questions_are_refused(exact, query: Query) -> None:
         abu(exact).attribute(query, candidates=["picture-1", "nobody"])
     with pytest.raises(ValueError, match="candidates: the list is empty; leave it out"):
         abu(exact).attribute(query, candidates=[])
+    with pytest.raises(ValueError, match="candidates: the list is empty; leave it out, and the"):
+        abu(exact, forward=True).attribute(query, candidates=[])
     with pytest.raises(ValueError, match="there is no query"):
         abu(exact).attribute_many([])
     with pytest.raises(ValueError, match="curvature 'newton': use ekfac, kfac, diagonal"):
         abu(exact, curvature="newton").attribute(query)
-    with pytest.raises(ValueError, match=r"damping = -1 must not be negative"):
-        abu(exact, damping=-1).attribute(query)
 
 
 def test_queries_that_are_not_finite_are_refused(exact, query: Query) -> None:

@@ -58,6 +58,16 @@ def fit_curvature(index: Index, name: CurvatureName, column: str) -> DiagonalFis
                  sample.about)  # fmt: skip
 
 
+def check_damping(damping: float) -> None:
+    """Refuses what is no damping, also where no curvature is divided by.
+
+    Raises:
+        ValueError: it is negative, or no number.
+    """
+    if not damping >= 0:
+        raise ValueError(f"damping = {damping} must not be negative")
+
+
 def chosen(ids: Sequence[str], most: int) -> list[str]:
     """Returns at most `most` ids in their order: all, or those of the smallest hashes.
 

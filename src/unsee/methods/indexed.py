@@ -17,13 +17,14 @@ from ..index.build import MEASURES
 from ..index.components import Components
 from ..index.directions import Directions, directions, moments_of
 from ..index.factors import Measure, example_factors
-from ..index.fit import CurvatureName, layer_inputs
+from ..index.fit import CurvatureName, check_damping, layer_inputs
 from ..index.index import Index
 from ..index.scan import scan
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
+from .products import second_order, with_errors
 from .two_stage import reevaluate
 from .unlearning import RISE
 
@@ -34,6 +35,9 @@ FIRST_RISE = 0.05
 
 PROBES = "probes"
 """The column that adds the second order to the column `factors`."""
+
+QUERY_PASSES = 64
+"""Draws of the query at once, where nothing else is asked for."""
 
 BATCH_ROWS = 4096
 """Components that are scanned at once, or those of one shard: few would be many small products."""
@@ -86,7 +90,8 @@ class AbU:
             0.05, to first order. Scores of the column `factors` alone are scaled to it.
         query_draws: timesteps and noise of the query, even in number, independent of the
             examples'; by default 64 of seed 1, in the part of the schedule that theirs are in.
-        batch_size: draws of the query at once.
+        batch_size: passes at once; by default 64 draws of the query, and with `forward` what
+            `ForwardAbU` takes.
         tolerance: share of the expected squared score that a cheaper scan may give up; 0 for none.
         forward: really unlearns the query, and scores the candidates by how much their loss rose.
             Where no candidates are given, the first order names them.
@@ -99,7 +104,7 @@ class AbU:
     columns: Sequence[str] | None = None
     rise: float | None = None
     query_draws: Draws | None = None
-    batch_size: int = 64
+    batch_size: int | None = None
     tolerance: float = 1e-4
     forward: bool = False
     shortlist: int = 200
@@ -108,6 +113,11 @@ class AbU:
         check_query_draws(self.used_query_draws, self.index.model)
         if not self.used_rise > 0:
             raise ValueError(f"rise = {self.rise} must be positive: 0.05 raises the loss by 5%")
+        check_damping(self.damping)
+        for name in ("shortlist", "batch_size"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} = {number} must be at least 1")
         for column in self.used_columns:
             if column not in MEASURES or column not in self.index.columns:
                 raise ValueError(
@@ -148,9 +158,10 @@ class AbU:
         if candidates is None:
             first = dataclasses.replace(self, forward=False).attribute(query)
             candidates = first.top(self.shortlist).ids
+        at_once = {} if self.batch_size is None else {"batch_size": self.batch_size}
         return reevaluate(
             self.index, query, candidates, self.curvature, rise=self.used_rise,
-            damping=self.damping, query_draws=self.used_query_draws,
+            damping=self.damping, query_draws=self.used_query_draws, **at_once,
         )  # fmt: skip
 
     @exact_kernels()
@@ -173,7 +184,7 @@ class AbU:
         measures: dict[str, Measure] = {c: MEASURES[c] for c in self.used_columns if c != PROBES}
         asked = [
             query_gradients(self.index, q, self.used_query_draws, list(measures.values()),
-                            self.batch_size)
+                            self.batch_size or QUERY_PASSES)
             for q in queries
         ]  # fmt: skip
         seconds = {"query's gradient": time.monotonic() - started, "directions": 0.0, "scan": 0.0}
@@ -247,22 +258,6 @@ class AbU:
         found = torch.cat(parts, dim=1).transpose(0, 1).numpy()  # [N, views, 2, 2Q]
         shape = *found.shape[:3], asked.count // HALVES, HALVES
         return found.reshape(shape).transpose(0, 1, 3, 2, 4)
-
-
-def second_order(products: np.ndarray) -> np.ndarray:
-    """Returns half the expected square of random functionals' products with a step.
-
-    Each half of an example's draws has functionals of its own: their mean square is unbiased.
-
-    Args:
-        products: [N, views, Q, 2, 2], halves of the example and of the query.
-
-    Returns:
-        [N, views, Q, 2, 2] whose mean over the query's halves is half the square of the mean, and
-        whose difference is that of the square, to first order.
-    """
-    mean = products.mean(-1, keepdims=True)
-    return 0.5 * mean * (2 * products - mean)
 
 
 def query_draws_for(index: Index, seed: int = 1, n: int = 64) -> Draws:
@@ -356,30 +351,6 @@ def query_gradients(
             halves[layer.name] = m.mT @ seen
         found[measure] = QueryGradient(loss, halves)
     return found
-
-
-def with_errors(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores [n] and their standard errors [n].
-
-    Args:
-        products: [n, views, 2, 2], halves of the example and of the query; the view with the
-            larger score counts.
-
-    Half the difference of two independent halves has the variance of their mean. The example's
-    noise and the query's add up, but for the product of the two, which both differences have in
-    them. As differences alone say little, each variance is averaged with the mean over all
-    examples. Draws are stratified, and the halves have other timesteps: that makes errors of few
-    draws too large, by an eighth for 8 draws of a small model, by a fiftieth for 16.
-    """
-    means = products.mean((2, 3))
-    best = means.argmax(1)
-    chosen = products[np.arange(len(products)), best]  # [n, 2, 2]
-    of_example = (chosen[:, 0].mean(1) - chosen[:, 1].mean(1)) / 2
-    of_query = (chosen[:, :, 0].mean(1) - chosen[:, :, 1].mean(1)) / 2
-    of_both = (chosen[:, 0, 0] - chosen[:, 0, 1] - chosen[:, 1, 0] + chosen[:, 1, 1]) / 4
-    variance = of_example**2 + of_query**2 - of_both**2
-    alone, together = np.maximum(variance, 0), max(float(variance.mean()), 0.0)
-    return means.max(1), np.sqrt((alone + together) / 2)
 
 
 def rows_of(ids: Sequence[str], candidates: Sequence[str] | None) -> list[int]:

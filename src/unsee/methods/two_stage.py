@@ -32,16 +32,20 @@ def reevaluate(
         query: the picture to forget.
         candidates: ids.
         curvature: of the index, see `Index.curvature`.
-        settings: of `ForwardAbU`, for instance `rise` and `damping`.
+        settings: of `ForwardAbU`, for instance `rise`, `damping` and `batch_size`.
 
     Returns:
         Scores in the order of the candidates.
 
     Raises:
-        ValueError: no curvature, or see `ForwardAbU.attribute`.
+        ValueError: no curvature, no candidate, or see `ForwardAbU.attribute`.
     """
     if curvature == "identity":
         raise ValueError("forward: choose a curvature; the published one is diagonal_per_draw")
+    if not len(candidates):
+        raise ValueError(
+            "candidates: the list is empty; leave it out, and the first order names them"
+        )
     data, before = gathered(index, candidates)
     stored = before is not None and index.manifest.environment == environment_of(index.model)
     flips = index.manifest.settings["views"] == 2
