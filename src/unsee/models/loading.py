@@ -62,16 +62,22 @@ def choose_device(device: str | None) -> torch.device:
     """Returns the device asked for, or the best there is.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not there, or no device is called so.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
     if device is None:
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
-    kind = device.partition(":")[0]
-    if not available.get(kind, False):
-        there = ", ".join(name for name, yes in available.items() if yes)
+    there = ", ".join(name for name, yes in available.items() if yes)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device {device!r} is none; there is: {there} (cuda:1 is the second of several)"
+        ) from None
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if not available.get(found.type, False) or (found.index or 0) >= count:
         raise ValueError(f"device {device!r} is not available here; there is: {there}")
-    return torch.device(device)
+    return found
 
 
 def _check_parts(folder: Path) -> None:
