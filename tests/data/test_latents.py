@@ -55,6 +55,15 @@ def test_select(tiny_model, image_folder: Path):
         encoded.select(["pink"])
 
 
+def test_an_id_that_is_there_twice_is_refused():
+    latents, states = torch.zeros(3, 1, 2, 2), torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="encoded examples: id 'b' appears more than once"):
+        EncodedDataset(["a", "b", "b"], latents, states, [[0]] * 3)
+    encoded = EncodedDataset(["a", "b", "c"], latents, states, [[0]] * 3)
+    with pytest.raises(ValueError, match="encoded examples: id 'a' appears more than once"):
+        encoded.select(["a", "c", "a"])
+
+
 def test_the_fingerprint_follows_everything_in_it():
     def make(ids=("a", "b"), captions=((0,), (1,)), flips=True, nudge=-1):
         tensors = [torch.arange(8.0).reshape(2, 1, 2, 2) + k for k in range(2)]

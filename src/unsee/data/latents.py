@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -56,6 +57,9 @@ class EncodedDataset:
         states: [M, T, D] float32, text states of M distinct captions.
         caption_rows: for each example, which rows of `states` are its captions.
         flipped: [N, C, h, w], latents of the mirrored pictures, or None.
+
+    Raises:
+        ValueError: an id is there twice.
     """
 
     def __init__(
@@ -66,6 +70,12 @@ class EncodedDataset:
         caption_rows: list[list[int]],
         flipped: Tensor | None = None,
     ) -> None:
+        if len(set(ids)) < len(ids):
+            twice = next(i for i, n in Counter(ids).items() if n > 1)
+            raise ValueError(
+                f"encoded examples: id {twice!r} appears more than once; draws and scores are "
+                "keyed by it, give each example its own"
+            )
         self.ids = ids
         self._latents, self._flipped = latents, flipped
         self._states, self._caption_rows = states, caption_rows
