@@ -429,11 +429,51 @@ def test_a_killed_addition_goes_on(
     assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 14
 
 
+@pytest.mark.parametrize("way_out", ["repair", "remove", "erase another", "leave"])
+def test_a_failed_addition_blocks_nothing(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture, way_out: str
+) -> None:
+    further = further_pictures(tmp_path / "further")
+    whole = (further / "grey.png").read_bytes()
+    (further / "grey.png").write_bytes(b"broken")
+    command = ["index", str(mine.model), str(further), "--out", str(mine.path), "--append",
+               "--device", "cpu"]  # fmt: skip
+    refused(capsys, main(command), "grey.png", "cannot be read", "remove it")
+    count = 12
+    if way_out == "repair":
+        (further / "grey.png").write_bytes(whole)
+        assert main(command) == 0
+        count = 14
+    elif way_out == "remove":
+        remove_picture(further, "grey.png")
+        assert main(command) == 0
+        count = 13
+    elif way_out == "erase another":
+        assert main([*mine.index, "--delete", "red-circle.png"]) == 0
+        shutil.rmtree(further)
+        count = 11
+    else:
+        shutil.rmtree(further)
+    assert mine.attribute(tmp_path / "out") == 0
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == count
+    other = further_pictures(tmp_path / "other")
+    if count < 13:
+        command[2] = str(other)
+        assert main(command) == 0
+        assert mine.attribute(tmp_path / "out") == 0
+        assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == count + 2
+        assert json.loads((mine.path / "source.json").read_text())["further"] == [str(other)]
+
+
 def test_append_is_refused(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = json.loads((mine.path / "source.json").read_text())
     again = shutil.copytree(mine.data, tmp_path / "again")
     command = ["index", str(mine.model), str(again), "--append", "--device", "cpu", "--out"]
     refused(capsys, main([*command, str(mine.path)]), "is there already", "ids of their own")
+    assert json.loads((mine.path / "source.json").read_text()) == source
+    options = ["--encoders", str(save_vision(tmp_path / "vit"))]  # none was indexed
+    command[2] = str(further_pictures(tmp_path / "further"))
+    refused(capsys, main([*command, str(mine.path), *options]), "encoder 'vit'")
     assert json.loads((mine.path / "source.json").read_text()) == source
     refused(capsys, main([*command, str(tmp_path / "none")]), "is no run that `unsee index` made")
     both = [*command, str(mine.path), "--delete", "red-circle.png"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from .data.dataset import ImageDataset, load_dataset
 from .files import write_atomically
 from .index.index import Index
-from .index.layout import read_manifest
+from .index.layout import Manifest, read_manifest
+from .index.table import settled
 from .models.loading import Dtype
 
 if TYPE_CHECKING:
@@ -89,19 +90,28 @@ def append(
     Raises:
         ValueError: no run there, another model, or see `Index.append`.
     """
-    before = read_source(path)
+    before, begun = read_source(path), read_manifest(path)
     index = Index.open(path, open_model(source, device))
-    name = source.absolute().data
     # First, so that an addition that is killed behind its last example can be found again.
-    write_source(
-        path, dataclasses.replace(before, further=tuple(dict.fromkeys([*before.further, name])))
-    )
+    known = finished_only(before, index.manifest)
+    names = dict.fromkeys([*known.further, source.absolute().data])
+    write_source(path, dataclasses.replace(known, further=tuple(names)))
     try:
         return index.append(data, batch_size, encoders)
-    except ValueError:
-        if set(data.ids).intersection(index.ids):
+    except Exception:
+        if read_manifest(path).parts == begun.parts:  # refused, before anything was planned
             write_source(path, before)
         raise
+
+
+def finished_only(source: Source, manifest: Manifest) -> Source:
+    """Returns a source without what is left of an addition that was not finished.
+
+    Args:
+        source: of the run.
+        manifest: what is complete of its index.
+    """
+    return dataclasses.replace(source, further=source.further[: len(manifest.parts) - 1])
 
 
 def open_model(source: Source, device: str | None = None) -> Denoiser:
@@ -167,9 +177,11 @@ def open_run(path: Path, device: str | None = None) -> tuple[Index, ImageDataset
         ValueError: it is not finished, or its model or data set is not what it was.
     """
     source = read_source(path)
+    manifest = settled(path, read_manifest(path))
+    source = finished_only(source, manifest)
     data = open_all(source)
     model = open_model(source, device)
-    was, now = read_manifest(path).settings["model"], model.fingerprint()
+    was, now = manifest.settings["model"], model.fingerprint()
     if was != now:
         raise ValueError(
             f"run {str(path)!r}: {source.model!r} is no longer the model that was indexed (its "

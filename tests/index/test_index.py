@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import unsee.index.columns as column_module
 import unsee.index.index as module
 from tests.methods.conftest import examples
 from unsee.curvature.kfac import EKFAC
 from unsee.data.dataset import load_dataset
+from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
 from unsee.index.describe import describe_index
 from unsee.index.index import Index
@@ -95,15 +97,91 @@ def test_a_stopped_addition_goes_on(index, model, query, monkeypatch, caplog, fi
     assert scores(Index.open(index.path, model), query).ids == IDS
     assert "(6 examples) was not finished, and the index is as it was before" in caplog.text
     other = examples(20).select(["picture-17"])
-    for refused in (lambda: index.append(other), lambda: index.delete(["picture-1"])):
-        before = contents(index.path)
-        with pytest.raises(ValueError, match=r"is not finished, finish it|to finish it"):
-            refused()
-        assert contents(index.path) == before
     grown = Index.open(index.path, model).append(more)
     assert grown.ids == [*IDS, *more.ids]
     assert scores(Index.open(index.path, model), query).ids == grown.ids
     assert index.append(other).ids == [*grown.ids, "picture-17"]
+
+
+def stopped_addition(index: Index, monkeypatch, files: int | None = 3) -> None:
+    """Begins to add six examples; with None, stops before the table is written."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if files is None:
+            patch.setattr(module, "write_table", lambda *_: (_ for _ in ()).throw(Stopped()))
+        else:
+            stop_after(files, patch, Stopped())
+        index.append(examples(16).select([f"picture-{i}" for i in range(10, 16)]))
+
+
+@pytest.mark.parametrize("files", [0, 3, None])
+@pytest.mark.parametrize("again", [[], ["picture-10"], ["picture-17"]], ids=str)
+def test_an_addition_that_was_not_finished_is_given_up_for_another(
+    index, model, data, query, monkeypatch, files, again: list[str]
+) -> None:
+    """One without an example that made it fail, for instance; or for a deletion."""
+    stopped_addition(index, monkeypatch, files)
+    more = examples(20).select(again)
+    later = index.append(more) if again else index.delete(["picture-1"])
+    assert later.ids == [i for i in [*IDS, *again] if again or i != "picture-1"]
+    assert Index.open(index.path, model).ids == later.ids
+    kept = {shard_path(index.path, c, s) for c in later.columns for s in later.shards()}
+    assert set(index.path.glob("columns/*/*")) == kept
+    # As if it had never been begun.
+    rest = data.select([i for i in later.ids if i in IDS])
+    fresh = build_index(index.path.parent / "fresh", model, rest, storage="float32")
+    fresh = fresh.append(more) if again else fresh
+    last = examples(16).select(["picture-12", "picture-15"])
+    later, fresh = later.append(last), fresh.append(last)
+    assert later.ids == fresh.ids
+    assert_same(later, fresh)
+    assert_same_scores(scores(later, query), scores(fresh, query))
+
+
+def test_a_lost_shard_is_made_again_beside_an_addition_that_was_not_finished(
+    index, model, data, monkeypatch
+) -> None:
+    stopped_addition(index, monkeypatch, None)
+    whole = contents(index.path)
+    shard_path(index.path, "examples", next(index.shards())).unlink()
+    with pytest.raises(ValueError, match="1 of its shards are missing; run the same"):
+        Index.open(index.path, model)
+    assert build_index(index.path, model, data, storage="float32").ids == IDS
+    assert contents(index.path) == whole
+    more = examples(16).select([f"picture-{i}" for i in range(10, 16)])
+    assert Index.open(index.path, model).append(more).ids == [*IDS, *more.ids]
+
+
+def test_a_lost_table_does_not_make_an_addition_unfinished(index, model, data) -> None:
+    more = examples(12).select(["picture-11"])
+    grown = index.append(more)
+    (index.path / "examples.parquet").unlink()
+    for change in (lambda: index.delete(["picture-1"]), lambda: index.append(examples(13))):
+        with pytest.raises(ValueError, match="table of examples is not complete; run the same"):
+            change()
+    assert build_index(index.path, model, data, storage="float32").ids == grown.ids
+
+
+def encoded(ids: list[str], size: int = 8, width: int = 12, flips: bool = True) -> EncodedDataset:
+    latents = torch.ones(len(ids), 4, size, size)
+    rows = [[0]] * len(ids)
+    return EncodedDataset(ids, latents, torch.ones(1, 5, width), rows, latents if flips else None)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (encoded(["a"], size=4), r"latents \[4, 8, 8\], .* latents \[4, 4, 4\], text of width 12"),
+        (encoded(["a"], width=7), r"text of width 12 .* to append latents .* text of width 7"),
+        (encoded(["a"], flips=False), "text of width 12 and mirrored views, those .* width 12; en"),
+    ],
+)
+def test_examples_of_another_shape_are_refused_at_once(model, data, tmp_path, more, said) -> None:
+    index = build_index(tmp_path, model, data, flips=True)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        index.append(more)
+    assert contents(tmp_path) == before
+    assert index.append(encoded(["b"])).ids == [*IDS, "b"]
 
 
 def test_the_first_data_set_can_be_built_again_after_an_addition(index, model, data) -> None:

@@ -36,6 +36,7 @@ from .layout import (
     Manifest,
     Part,
     Shard,
+    edition_of,
     read_header,
     read_shard,
     rows_key,
@@ -174,8 +175,10 @@ def part_of(data: Indexed, name: str = "encoded") -> Part:
 def plan_shards(manifest: Manifest, part: Part) -> Manifest:
     """Returns the manifest with the shards of one more data set."""
     size, number = manifest.settings["shard_size"], len(manifest.shards)
+    # What is left of another addition that was given up is not taken for this one's.
+    edition = edition_of([part.fingerprint, part.count]) if manifest.parts else 0
     shards = [
-        Shard(number + i, len(manifest.parts), first, min(first + size, part.count))
+        Shard(number + i, len(manifest.parts), first, min(first + size, part.count), edition)
         for i, first in enumerate(range(0, part.count, size))
     ]
     return dataclasses.replace(

@@ -12,7 +12,7 @@ import torch
 
 from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC
-from ..data.dataset import OnError
+from ..data.dataset import ImageDataset, OnError
 from ..draws import Draws
 from ..models.base import Denoiser
 from .build import (
@@ -47,7 +47,7 @@ from .layout import (
     writing,
 )
 from .sketch import Sketch
-from .table import finished, read_ids, read_rows, write_table
+from .table import finished, read_rows, settled, write_table
 
 DEFAULT_COLUMNS = ("loss", "factors", "outputs")
 
@@ -134,9 +134,7 @@ class Index(Columns):
             manifest.check(settings, path)
             number = manifest.number_of(part, path)
             if number < len(manifest.parts) - 1:
-                before = finished(path, manifest)
-                if before is not manifest:
-                    return cls(path, model, before)
+                manifest = finished(path, manifest)
         else:
             number, manifest = 0, plan_shards(Manifest(settings, environment_of(model)), part)
             with writing(path):
@@ -192,49 +190,66 @@ class Index(Columns):
     def append(self, data: Indexed, batch_size: int = 64, encoders: Sequence[str] = ()) -> Index:
         """Adds examples and returns the index with them; killed, it goes on where it was.
 
+        Another addition that was not finished is given up.
+
         Args:
             data, batch_size: as `build` takes them.
             encoders: folders of the vision encoders that the index was built with, if any.
 
         Raises:
-            ValueError: an id is there already or was deleted, another data set was begun and is
-                not finished, or see `build`.
+            ValueError: an id is there already or was deleted, examples do not fit, or see `build`.
         """
         part = part_of(data)
-        manifest = read_manifest(self.path)
-        seen_by = reopen_encoders(encoders, manifest, self.model, data)
-        ids, last = read_ids(self.path, manifest), manifest.parts[-1]
-        if ids is None:  # the last part was not finished
-            if (last.fingerprint, last.count) != (part.fingerprint, part.count):
-                raise ValueError(
-                    f"index {str(self.path)!r}: adding {last.name!r} ({last.count} examples, "
-                    f"fingerprint {last.fingerprint}) is not finished, finish it before adding "
-                    f"{part.name!r} ({part.count}, {part.fingerprint})"
-                )
+        begun = read_manifest(self.path)
+        seen_by = reopen_encoders(encoders, begun, self.model, data)
+        before, last = settled(self.path, begun), begun.parts[-1]
+        same = (last.fingerprint, last.count) == (part.fingerprint, part.count)
+        if before is not begun and same:
+            manifest = begun  # goes on
         else:
-            taken = {*ids, *manifest.deleted}.intersection(data.ids)
-            if taken:
-                raise ValueError(
-                    f"index {str(self.path)!r}: example {min(taken)!r} is there already, or was "
-                    "deleted; append examples with ids of their own"
-                )
-            manifest = plan_shards(manifest, part)
+            Index(self.path, self.model, before)._check_new(data)
+            manifest = plan_shards(before, part)
             with writing(self.path):
                 write_manifest(self.path, manifest)
+                if before is not begun:
+                    remove_others(self.path, manifest)
         number = len(manifest.parts) - 1
         return self._fill(self.path, manifest, self.model, data, number, batch_size, seen_by)
+
+    def _check_new(self, data: Indexed) -> None:
+        """Refuses what cannot be appended, before anything is written."""
+        taken = {*self.ids, *self.manifest.deleted}.intersection(data.ids)
+        if taken:
+            raise ValueError(
+                f"index {str(self.path)!r}: example {min(taken)!r} is there already, or was "
+                "deleted; append examples with ids of their own"
+            )
+        known = next((e for e in map(self.examples, self.shards()) if e.ids), None)
+        if isinstance(data, ImageDataset) or known is None:
+            return
+        has_flips = self.manifest.settings["views"] == 2
+        here, given = (
+            f"latents {list(some.latents([0]).shape[1:])}, text of width "
+            f"{some.text([0], 0).shape[-1]}{' and mirrored views' if flips else ''}"
+            for some, flips in ((known, has_flips), (data, has_flips and data.has_flips))
+        )
+        if here != given:
+            raise ValueError(
+                f"index {str(self.path)!r}: its examples have {here}, those to append {given}; "
+                "encode them with the model and the options of the index"
+            )
 
     def delete(self, ids: Sequence[str]) -> Index:
         """Erases examples (opt-out) and returns the index without them; killed, call it again.
 
         Their rows leave every column, and the curvature that was fitted with them is removed, to
         be fitted again without them. Their ids stay in the manifest, so that a later build or
-        `append` does not bring them back.
+        `append` does not bring them back. An addition that was not finished is given up.
 
         Raises:
             ValueError: an id that is not there.
         """
-        manifest, gone = read_manifest(self.path), set(ids)
+        manifest, gone = settled(self.path, read_manifest(self.path)), set(ids)
         before = Index(self.path, self.model, manifest)
         unknown = sorted(gone - set(before.ids) - set(manifest.deleted))
         if unknown:

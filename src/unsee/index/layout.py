@@ -56,7 +56,8 @@ class Shard:
         number: of the shard; its position in the index.
         part: which data set.
         first, last: positions in that data set.
-        edition: how often rows were deleted from it.
+        edition: 0 in the first data set; otherwise, and where rows were deleted, a number made of
+            the rows, so that files of other rows have another name.
     """
 
     number: int
@@ -233,6 +234,11 @@ def remove_curvature(path: Path) -> None:
     """Removes every curvature: it is fitted again when it is next needed."""
     for file in path.glob("curvature/*"):
         file.unlink(missing_ok=True)
+
+
+def edition_of(rows: object) -> int:
+    """Returns the edition of a shard, from what fixes its rows."""
+    return int(_hash(rows)[:8], 16) or 1
 
 
 def rows_key(ids: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ..data.dataset import ImageDataset
 from ..files import write_atomically
 from .examples import Indexed
-from .layout import Manifest, read_shard, remove_curvature
+from .layout import Manifest, read_shard, remove_curvature, shard_path
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +84,30 @@ def read_rows(path: Path, manifest: Manifest) -> dict[int, list[str]] | None:
     return rows
 
 
-def finished(path: Path, manifest: Manifest) -> Manifest:
-    """Returns what is complete of an index.
-
-    That is all of it or, with a warning, what it was before an addition that was killed.
-    """
-    if len(manifest.parts) == 1 or read_ids(path, manifest) is not None:
+def settled(path: Path, manifest: Manifest) -> Manifest:
+    """Returns what is complete of an index: all of it, or what it was before an addition."""
+    last = len(manifest.parts) - 1
+    if not last:
         return manifest
-    last = manifest.parts[-1]
-    logger.warning(
-        "index %r: adding %r (%d examples) was not finished, and the index is as it was before; "
-        "append the same examples again", str(path), last.name, last.count,
-    )  # fmt: skip
-    return manifest.without_last_part()
+    if (file := path / "examples.parquet").is_file():
+        whole = _read(file, ["id"])[1]["parts"] == len(manifest.parts)
+    else:  # lost: the shards are the whole truth
+        added = [s for s in manifest.shards if s.part == last]
+        columns = manifest.settings["columns"]
+        whole = all(shard_path(path, c, s).is_file() for c in columns for s in added)
+    return manifest if whole else manifest.without_last_part()
+
+
+def finished(path: Path, manifest: Manifest) -> Manifest:
+    """Returns what `settled` does, with a warning where it is not all of the index."""
+    before = settled(path, manifest)
+    if before is not manifest:
+        last = manifest.parts[-1]
+        logger.warning(
+            "index %r: adding %r (%d examples) was not finished, and the index is as it was "
+            "before; append the same examples again", str(path), last.name, last.count,
+        )  # fmt: skip
+    return before
 
 
 def _checksum(ids: list[str]) -> int:
