@@ -209,7 +209,7 @@ def test_a_picture_and_a_box_are_asked_about(built: Run, tmp_path: Path) -> None
 
 
 def test_columns_and_curvature_are_chosen_when_asking(built: Run, tmp_path: Path) -> None:
-    options = ["--use-columns", "factors", "--curvature", "identity", "--damping", "0"]
+    options = ["--use-columns", "factors", "--curvature", "identity"]
     assert built.attribute(tmp_path / "out", *options) == 0
     settings = Scores.load(tmp_path / "out" / "scores.parquet").settings
     assert settings["columns"] == ["factors"] and settings["curvature"] == "identity"

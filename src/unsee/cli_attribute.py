@@ -125,6 +125,8 @@ def _check(args: argparse.Namespace) -> None:
         method = args.method or "abu"
         others = [n for names in OF_METHOD.values() for n in names if n not in OF_METHOD[method]]
         refuse(others, f"does nothing with --method {method}: leave it out")
+        if args.curvature == "identity":
+            refuse(["damping"], "does nothing with --curvature identity: leave it out")
         if method == "similarity":
             refuse(OF_DRAWS, f"does nothing with --method {method}: leave it out")
         if not args.forward:
