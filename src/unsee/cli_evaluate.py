@@ -29,7 +29,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     method = command.add_argument_group("instead of SCORES, with --benchmark")
     method.add_argument("--method", metavar="NAME",
                         help="score the benchmark's queries: latent, pixel, text, random, abu, "
-                        "diagonal, kfac, ekfac, ekfac-output, trak, d-trak, index, "
+                        "abu-unlearned, tracin, tracin-cosine, diagonal, kfac, ekfac, "
+                        "ekfac-output, trak, d-trak, index, "
                         "index-loss, index-output")  # fmt: skip
     method.add_argument(
         "--damping",

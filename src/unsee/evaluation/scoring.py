@@ -30,9 +30,10 @@ from ..methods.example_gradients import (
     example_gradients,
 )
 from ..methods.indexed import AbU
-from ..methods.influence import influence_scores
+from ..methods.influence import Normalise, influence_scores
 from ..methods.similarity import Feature, similarity_scores
 from ..methods.trak import trak_kernel, trak_scores
+from ..methods.unlearning import RISE, ForwardAbU
 from .twemoji import Benchmark
 
 LOG = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ QUERY_DRAWS = Draws(seed=1, n=256)
 FIT_DRAWS = Draws(seed=20, n=8)
 PUBLISHED_DRAWS = Draws(seed=21, n=2)
 """Of queries and curvatures: other seeds than the examples', so that no luck is shared."""
+
+FORWARD_DRAWS = 8
+"""Of a training image, where it is evaluated for every query anew."""
 
 FIT_EXAMPLES = 512
 """Of which the Kronecker factors of K-FAC are averaged."""
@@ -125,6 +129,10 @@ def _diagonal(trial: Trial, damping: float) -> np.ndarray:
     return influence_scores(examples, queries, DiagonalFisher(squares, len(examples)), damping)
 
 
+def _tracin(normalise: Normalise | None, trial: Trial, _damping: float) -> np.ndarray:
+    return influence_scores(*trial.gradients("loss"), None, normalise=normalise)
+
+
 def _kfac(trial: Trial, damping: float) -> np.ndarray:
     return influence_scores(*trial.gradients("loss"), KFAC.fit(trial.covariances), damping)
 
@@ -133,6 +141,17 @@ def _ekfac(measure: Measure, trial: Trial, damping: float) -> np.ndarray:
     examples, queries = trial.gradients(measure)
     rows = ({n: examples.of(n)} for n in examples.names)
     return influence_scores(examples, queries, EKFAC.fit(trial.covariances, rows), damping)
+
+
+def _unlearned(trial: Trial, damping: float) -> np.ndarray:
+    """Scores by real unlearning, one query after another."""
+    examples, _ = trial.gradients("loss")
+    curvature = EKFAC.fit(trial.covariances, ({n: examples.of(n)} for n in examples.names))
+    method = ForwardAbU(
+        trial.benchmark.model, trial.data, curvature, rise=RISE, damping=damping,
+        draws=Draws(0, FORWARD_DRAWS), query_draws=QUERY_DRAWS, cache=trial.work / "losses",
+    )  # fmt: skip
+    return np.stack([method.attribute(q).values for q in trial.benchmark.queries], axis=1)
 
 
 def _trak(measure: Measure, trial: Trial, ridge: float) -> np.ndarray:
@@ -156,12 +175,15 @@ METHODS: dict[str, tuple[float | None, Method]] = {
     "text": (None, partial(_similarity, "text")),
     "random": (None, _random),
     "abu": (0.01, _published),
-    "diagonal": (1.0, _diagonal),
-    "kfac": (10.0, _kfac),
-    "ekfac": (1.0, partial(_ekfac, "loss")),
-    "ekfac-output": (0.1, partial(_ekfac, "output_norm")),
-    "trak": (0.1, partial(_trak, "loss")),
-    "d-trak": (0.01, partial(_trak, "output_norm")),
+    "abu-unlearned": (0.1, _unlearned),
+    "tracin": (None, partial(_tracin, None)),
+    "tracin-cosine": (None, partial(_tracin, "gradient")),
+    "diagonal": (0.001, _diagonal),
+    "kfac": (0.1, _kfac),
+    "ekfac": (0.1, partial(_ekfac, "loss")),
+    "ekfac-output": (0.01, partial(_ekfac, "output_norm")),
+    "trak": (1.0, partial(_trak, "loss")),
+    "d-trak": (0.1, partial(_trak, "output_norm")),
     "index": (0.1, partial(_indexed, None)),
     "index-loss": (0.1, partial(_indexed, ["factors"])),
     "index-output": (0.1, partial(_indexed, ["outputs"])),
@@ -169,9 +191,11 @@ METHODS: dict[str, tuple[float | None, Method]] = {
 """Name -> (damping or ridge that did best on the tuning half, method).
 
 `latent`, `pixel`, `text`: cosine similarity. `abu`: Attribution by Unlearning as published, to
-first order: a small step along the diagonal of per-draw squared gradients. `diagonal`, `kfac`,
-`ekfac`: influence functions with a curvature of averaged gradients; `ekfac-output` takes gradients
-of the network's output instead of the loss. `trak`, `d-trak`: with the exact kernel. `index`:
+first order: a small step along the diagonal of per-draw squared gradients; `abu-unlearned`: by
+real unlearning of 25% along EK-FAC. `tracin`: products of gradients at the finished model, and
+`tracin-cosine` without their lengths. `diagonal`, `kfac`, `ekfac`: influence functions with a
+curvature of averaged gradients; `ekfac-output` takes gradients of the network's output instead of
+the loss. `trak`, `d-trak`: with the exact kernel. `index`:
 what `AbU(index)` answers by default; `index-loss` and `index-output` are its two parts.
 """
 
