@@ -171,6 +171,26 @@ def test_bad_pictures_are_left_out_with_a_warning(
     assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 11
 
 
+def test_a_shard_of_bad_pictures_alone_is_passed_over(
+    tiny_pipeline_dir: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (image_folder / "red-circle.png").write_bytes(b"no picture")
+    run = Run(tiny_pipeline_dir, image_folder, tmp_path / "run")
+    assert main([*run.index, "--skip-bad", "--shard-size", "1"]) == 0
+    assert run.attribute(tmp_path / "out") == 0
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 11
+    assert main(["influence", str(run.path), "--device", "cpu"]) == 0
+
+
+def test_a_folder_of_bad_pictures_alone_is_refused(
+    tiny_pipeline_dir: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for file in image_folder.glob("*.png"):
+        file.write_bytes(b"no picture")
+    run = Run(tiny_pipeline_dir, image_folder, tmp_path / "run")
+    refused(capsys, main([*run.index, "--skip-bad"]), "none of the 12 pictures can be read")
+
+
 # -- attribute --------------------------------------------------------------------------------
 
 

@@ -18,8 +18,12 @@ from unsee.draws import Draws
 from unsee.index.describe import describe_index
 from unsee.index.index import Index
 from unsee.index.layout import read_manifest, shard_path
+from unsee.index.sketch import Sketch
 from unsee.methods.base import Scores
 from unsee.methods.indexed import AbU
+from unsee.methods.self_influence import self_influence
+from unsee.methods.similarity import Similarity
+from unsee.methods.trak import TRAK
 from unsee.query import Query
 
 from .conftest import DRAWS, build_index, contents
@@ -326,11 +330,53 @@ def test_a_stopped_deletion_leaves_a_valid_index(index, model, data, query, monk
     assert set(index.path.glob("columns/*/*")) == kept
 
 
+@pytest.mark.parametrize("storage", ["int8", "float32"])
+def test_a_shard_without_examples_is_passed_over(model, data, query, tmp_path, storage) -> None:
+    """As it is left by a deletion, and as it is made again after that, without any width."""
+    columns = ["loss", "factors", "outputs", "probes", "sketch", "features"]
+    options = {"columns": columns, "sketch": Sketch(length=64), "storage": storage, "flips": True}
+    index = build_index(tmp_path, model, data, **options).delete(IDS[4:8])
+
+    def answers(index: Index) -> list[Scores]:
+        draws = Draws(seed=1, n=4)
+        return [
+            AbU(index, query_draws=draws).attribute(query),
+            AbU(index, query_draws=draws, curvature="identity").attribute(query),
+            AbU(index, query_draws=draws, forward=True, rise=1e-3).attribute(query),
+            TRAK(index, query_draws=draws).attribute(query),
+            Similarity(index, "latent").attribute(query),
+            self_influence(index),
+        ]
+
+    before = answers(index)
+    for column in index.columns:
+        shard_path(tmp_path, column, index.manifest.shards[1]).unlink()
+    for file in (tmp_path / "curvature").iterdir():
+        file.unlink()
+    again = build_index(tmp_path, model, data, **options)
+    for some, other in zip(answers(again), before, strict=True):
+        assert sorted(some.ids) == sorted(i for i in IDS if i not in IDS[4:8])
+        np.testing.assert_array_equal(some.values, other.values)
+    assert again.append(examples(12).select(["picture-11"])).delete(["picture-0"]).ids == [
+        *IDS[1:4], *IDS[8:], "picture-11"
+    ]  # fmt: skip
+
+
+def test_an_index_of_nothing_is_refused(index: Index, model, data, tmp_path: Path) -> None:
+    for some in (lambda: build_index(tmp_path / "new", model, data.select([])),
+                 lambda: index.append(data.select([]))):  # fmt: skip
+        with pytest.raises(ValueError, match="'encoded' is empty: it has no example to index"):
+            some()
+    assert not (tmp_path / "new").exists()
+
+
 def test_everything_can_be_deleted(index: Index, query: Query) -> None:
     empty = index.delete(IDS)
     assert empty.ids == [] and columns(empty) == {}
     with pytest.raises(ValueError, match="there is no example to fit curvature on"):
         scores(empty, query, "ekfac")
+    with pytest.raises(ValueError, match="there is no example to score"):
+        scores(empty, query)
     assert empty.append(examples(12).select(["picture-11"])).ids == ["picture-11"]
 
 

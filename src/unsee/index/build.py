@@ -168,8 +168,15 @@ def draws_of(manifest: Manifest) -> Draws:
 
 
 def part_of(data: Indexed, name: str = "encoded") -> Part:
-    """Returns the manifest's record of a data set."""
-    return Part(getattr(data, "name", name), data.fingerprint, len(data.ids))
+    """Returns the manifest's record of a data set.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    part = Part(getattr(data, "name", name), data.fingerprint, len(data.ids))
+    if not part.count:
+        raise ValueError(f"data set {part.name!r} is empty: it has no example to index")
+    return part
 
 
 def plan_shards(manifest: Manifest, part: Part) -> Manifest:

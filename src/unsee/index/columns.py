@@ -52,8 +52,11 @@ class Columns:
         }
 
     def shards(self) -> Iterator[Shard]:
-        """Iterates over the shards, in the order of `ids`."""
-        return iter(self.manifest.shards)
+        """Iterates over the shards that hold an example, in the order of `ids`.
+
+        One whose pictures cannot be read, or were all deleted, has no rows, nor knows their width.
+        """
+        return (shard for shard in self.manifest.shards if self.rows[shard.number])
 
     def examples(self, shard: Shard) -> EncodedDataset:
         """Returns the encoded examples of a shard."""

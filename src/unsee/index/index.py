@@ -183,7 +183,13 @@ class Index(Columns):
         with writing(path):
             fill(path, manifest, model, data, part, batch_size, encoders)
             write_table(path, manifest, data)
-        return cls(path, model, manifest)
+        index = cls(path, model, manifest)
+        if not index.ids and not manifest.deleted:
+            raise ValueError(
+                f"index {str(path)!r}: none of the {len(data.ids)} pictures can be read, so there "
+                "is nothing in it; repair them, and build in another folder"
+            )
+        return index
 
     # -- changing ---------------------------------------------------------------------------
 

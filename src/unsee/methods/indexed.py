@@ -293,6 +293,8 @@ def check_query_draws(draws: Draws, model: Denoiser) -> None:
 
 def _batches(index: Index, column: str) -> Iterator[Components]:
     """Yields the gradients of all examples, of as many shards at once as are quickly scanned."""
+    if not index.ids:
+        raise ValueError(f"index {str(index.path)!r}: there is no example to score")
     batch: list[Components] = []
     for shard in index.shards():
         batch.append(index.components(column, shard))
