@@ -161,6 +161,22 @@ def test_trak_is_ridge_regression_on_gradients(double: Setting, query: Query) ->
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_trak_is_that_of_its_authors() -> None:
+    """Their package works with whole rows and divides by a scale of its own; ours with inner
+    products. Both are float32."""
+    computers = pytest.importorskip("trak.score_computers")
+    generator = torch.Generator().manual_seed(0)
+    phi, asked = (torch.randn(n, 12, generator=generator) for n in (30, 4))
+    ridge = float(phi.square().sum(1).mean())
+    theirs = computers.BasicScoreComputer(torch.float32, torch.device("cpu"), lambda_reg=ridge)
+    expected = torch.zeros(30, 4)
+    theirs.get_scores(theirs.get_x_xtx_inv(phi, theirs.get_xtx(phi)), asked, expected)
+    got = trak_scores((phi @ phi.T).double().numpy(), (phi @ asked.T).double().numpy(), 1.0)
+    scale = float((expected.numpy() * got).sum() / np.square(got).sum())
+    assert scale > 0
+    np.testing.assert_allclose(scale * got, expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
 def test_trak_refuses_what_it_cannot_use() -> None:
     with pytest.raises(ValueError, match="ridge = 0 must be positive"):
         trak_scores(np.eye(3), np.ones((3, 1)), 0)
