@@ -347,7 +347,7 @@ def test_influence_writes_its_files(
     out = tmp_path / "out"
     options = ["--column", column, "--top", "2", "--out", str(out), "--device", "cpu"]
     assert main(["influence", str(built.path), *options]) == 0
-    assert "rank       score  id / caption" in capsys.readouterr().out
+    assert "rank       score ± error     id / caption" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == sorted(set(SCORED) - {"query.png"})
     scores = Scores.load(out / "scores.parquet")
     assert scores.method == "self-influence" and len(scores) == 12

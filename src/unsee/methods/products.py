@@ -43,3 +43,24 @@ def with_errors(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     variance = of_example**2 + of_query**2 - of_both**2
     alone, together = np.maximum(variance, 0), max(float(variance.mean()), 0.0)
     return means.max(1), np.sqrt((alone + together) / 2)
+
+
+def errors_of_norms(even: np.ndarray, odd: np.ndarray) -> np.ndarray:
+    """Returns standard errors [n] of the products of two independent halves of a gradient.
+
+    Half the difference of the halves' squared norms has, where their noise is Gaussian, a mean
+    square that is the variance of their product. What all examples share of it, relative to their
+    norms, is no chance: the halves have other timesteps. As one difference says little, each
+    variance is averaged with what all have together, again relative to the norms.
+
+    Args:
+        even, odd: [n], the squared norms of the halves.
+    """
+    norms = (even + odd) / 2
+    if not norms.any():
+        return np.zeros_like(norms)
+    half = (even - odd) / 2
+    if len(half) > 1:
+        half = half - norms * half.sum() / norms.sum()
+    together = np.square(half).sum() / np.square(norms).sum() * np.square(norms)
+    return np.sqrt((np.square(half) + together) / 2)
