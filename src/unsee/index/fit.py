@@ -102,7 +102,7 @@ class Sample:
         self.rows: list[tuple[Shard, list[int]]] = []
         wanted = set(ids)
         for shard in index.shards():
-            rows = [r for r, i in enumerate(index.examples(shard).ids) if i in wanted]
+            rows = [r for r, i in enumerate(index.rows[shard.number]) if i in wanted]
             if rows:
                 self.rows.append((shard, rows))
         self.examples = sum(len(rows) for _, rows in self.rows)
