@@ -412,6 +412,22 @@ def test_append_adds(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 13
 
 
+@pytest.mark.parametrize(("first", "then"), [("1999", 2000), (3, 0.5), (True, ["a"])])
+def test_metadata_of_another_type_are_appended(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture, first: object, then: object
+) -> None:
+    further = further_pictures(tmp_path / "further")
+    for folder, value in ((mine.data, first), (further, then)):
+        table = folder / "metadata.jsonl"
+        rows = [json.loads(line) | {"year": value} for line in table.read_text().splitlines()]
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(mine.index) == 0
+    assert main(["index", str(mine.model), str(further), "--out", str(mine.path), "--append",
+                 "--device", "cpu"]) == 0  # fmt: skip
+    assert mine.attribute(tmp_path / "out") == 0
+    assert len(Scores.load(tmp_path / "out" / "scores.parquet")) == 14
+
+
 def test_a_lost_shard_of_what_was_appended_is_made_again(
     mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -10,11 +10,13 @@ import torch
 
 import unsee.index.columns as column_module
 import unsee.index.index as module
+import unsee.index.table as table_module
 from tests.methods.conftest import examples
 from unsee.curvature.kfac import EKFAC
-from unsee.data.dataset import load_dataset
+from unsee.data.dataset import ImageDataset, load_dataset
 from unsee.data.latents import EncodedDataset
 from unsee.draws import Draws
+from unsee.index import layout
 from unsee.index.describe import describe_index
 from unsee.index.index import Index
 from unsee.index.layout import read_manifest, shard_path
@@ -25,6 +27,7 @@ from unsee.methods.self_influence import self_influence
 from unsee.methods.similarity import Similarity
 from unsee.methods.trak import TRAK
 from unsee.query import Query
+from unsee.tensor_files import read_tensors
 
 from .conftest import DRAWS, build_index, contents
 from .test_build import Stopped, assert_same, columns, stop_after
@@ -425,3 +428,91 @@ def test_metadata_of_pictures_follow_their_rows(tiny_model, image_folder, tmp_pa
     assert [r["id"] for r in rows] == grown.ids == [pictures.ids[k] for k in kept]
     assert [r["captions"] for r in rows] == [list(pictures.captions[k]) for k in kept]
     assert [r["colour"] for r in rows] == [pictures.metadata(k)["colour"] for k in kept]
+
+
+def with_metadata(pictures: ImageDataset, ids: list[str], **columns: list) -> ImageDataset:
+    """Returns some pictures with other columns of metadata."""
+    table = pictures.select(ids).table
+    table = table.remove_columns([n for n in ("colour", "licence") if n in table.column_names])
+    for name, values in columns.items():
+        table = table.add_column(name, values)
+    return ImageDataset(table, "pictures")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "found"),
+    [
+        (["1999", "2000"], [2001, None], ["1999", "2000", "2001", None]),
+        ([1999, None], ["today", "2"], ["1999", None, "today", "2"]),
+        ([1, 2], [0.5, 2], [1.0, 2.0, 0.5, 2.0]),
+        ([None, None], [7, 8], [None, None, 7, 8]),
+        (["a", "b"], [["c", "d"], []], ["a", "b", '["c", "d"]', "[]"]),
+        ([{"a": 1}, None], [{"b": "c"}, None], ['{"a": 1}', None, '{"b": "c"}', None]),
+        ([True, False], [1, 2], ["true", "false", "1", "2"]),
+    ],
+    ids=str,
+)
+def test_metadata_of_several_types_go_together(
+    tiny_model, image_folder, tmp_path, first, then, found
+) -> None:
+    every = load_dataset("imagefolder", data_dir=image_folder)
+    ids = every.ids[:4]
+    old, new = (with_metadata(every, some, year=values)
+                for some, values in ((ids[:2], first), (ids[2:], then)))  # fmt: skip
+    options = {"draws": Draws(n=2), "columns": ["loss"]}
+    grown = build_index(tmp_path, tiny_model, old, **options).append(new)
+    assert pq.read_table(tmp_path / "examples.parquet")["year"].to_pylist() == found
+    together = old.with_further([new])
+    assert [together.metadata(i)["year"] for i in range(4)] == found
+    # Whichever is said again, and whatever is taken out: it stays.
+    before = contents(tmp_path)
+    for again in (old, new):
+        assert build_index(tmp_path, tiny_model, again, **options).ids == ids
+        assert contents(tmp_path) == before
+    grown.delete([ids[1]])
+    left = pq.read_table(tmp_path / "examples.parquet")["year"].to_pylist()
+    assert left == [found[0], *found[2:]]
+
+
+def test_a_metadata_column_called_shard_is_kept(tiny_model, image_folder, tmp_path) -> None:
+    every = load_dataset("imagefolder", data_dir=image_folder)
+    data = with_metadata(every, every.ids[:3], shard=["of glass", "of clay", None])
+    options = {"draws": Draws(n=2), "columns": ["loss"], "shard_size": 2}
+    index = build_index(tmp_path, tiny_model, data, **options).delete([data.ids[1]])
+    rows = pq.read_table(index.path / "examples.parquet").to_pylist()
+    assert [r["shard"] for r in rows] == ["of glass", None]
+    assert [r["unsee_shard"] for r in rows] == [0, 1]
+
+
+def test_a_table_of_an_earlier_version_is_read_and_brought_up_to_date(index, model, query) -> None:
+    """There, the column that says in which shard an example is was called `shard`."""
+    file = index.path / "examples.parquet"
+    now = file.read_bytes()
+    table = pq.read_table(file)
+    names = ["shard" if name == "unsee_shard" else name for name in table.column_names]
+    table = table.rename_columns(names)
+    table = table.replace_schema_metadata({"unsee": pq.read_metadata(file).metadata[b"unsee"]})
+    pq.write_table(table, file, write_page_checksum=True)
+    opened = Index.open(index.path, model)
+    assert opened.ids == IDS
+    assert_same_scores(scores(opened, query), scores(index, query))
+    build_index(index.path, model, examples(10), storage="float32")
+    assert file.read_bytes() == now
+
+
+def test_a_table_that_says_it_all_is_not_written_again(index, model, data, monkeypatch) -> None:
+    monkeypatch.setattr(table_module, "write_atomically", lambda *_: pytest.fail("written"))
+    assert build_index(index.path, model, data, storage="float32").ids == IDS
+
+
+def test_a_deletion_reads_only_the_shards_that_it_changes(index, monkeypatch) -> None:
+    """Latents of a large data set are many gigabytes, and a deletion may be of one example."""
+    read = set()
+
+    def noting(path: Path):
+        read.add(path.name)
+        return read_tensors(path)
+
+    monkeypatch.setattr(layout, "read_tensors", noting)
+    index.delete(["picture-5"])
+    assert read == {"00001.safetensors"}

@@ -18,6 +18,8 @@ import datasets
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .metadata import aligned
+
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
@@ -153,12 +155,14 @@ class ImageDataset(Sequence[Example]):
     def with_further(self, others: Sequence[ImageDataset]) -> ImageDataset:
         """Returns the data set with the examples of others behind its own.
 
+        Metadata of one name and several types become numbers, or text.
+
         Raises:
             ValueError: an id is in two of them.
         """
         if not others:
             return self
-        tables = [self.table, *(other.table for other in others)]
+        tables = aligned([self.table, *(other.table for other in others)])
         return ImageDataset(datasets.concatenate_datasets(tables), self.name)
 
     def stamp(self, index: int) -> str:

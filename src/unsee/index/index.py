@@ -263,7 +263,7 @@ class Index(Columns):
         shards = []
         with writing(self.path):
             for shard in manifest.shards:
-                here = before._column("examples", shard)[1]["ids"]
+                here = before.rows[shard.number]
                 if gone.isdisjoint(here):
                     shards.append(shard)
                     continue

@@ -6,46 +6,84 @@ import json
 import logging
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.dataset import ImageDataset
+from ..data.metadata import of_one_type
 from ..files import write_atomically
 from .examples import Indexed
-from .layout import Manifest, read_shard, remove_curvature, shard_path
+from .layout import Manifest, read_header, remove_curvature, shard_path
 
 logger = logging.getLogger(__name__)
 
+SHARD = "unsee_shard"
+"""The column that says in which shard an example is."""
+
+OWN = ("id", "captions", SHARD)
+
 
 def write_table(path: Path, manifest: Manifest, data: Indexed | None = None) -> None:
-    """Writes the table from the shards; what `data` does not tell is kept from before."""
-    rows: list[dict[str, Any]] = []
+    """Writes the table, where it is not as it should be.
+
+    Args:
+        path: of the index.
+        manifest: of the index; its shards say which examples there are.
+        data: their captions and metadata; what it does not tell is kept from before.
+    """
+    ids: list[str] = []
+    shards: list[int] = []
     for shard in manifest.shards:
-        about = read_shard(path, manifest, "examples", shard)[1]
-        rows += [{"id": i, "shard": shard.number} for i in about["ids"]]
+        here = read_header(path, manifest, "examples", shard)[0]["ids"]
+        ids += here
+        shards += [shard.number] * len(here)
     file = path / "examples.parquet"
-    known: dict[str, dict[str, Any]] = {}
-    if file.is_file():
-        before, said = _read(file)
-        known = {row["id"]: row for row in before.to_pylist()}
-        if said["parts"] == len(manifest.parts) and list(known) != [row["id"] for row in rows]:
-            remove_curvature(path)  # of other rows, though the manifest is the same
+    before, said = _read(file) if file.is_file() else (None, {})
+    same = before is not None and said["parts"] == len(manifest.parts)
+    if same and said["crc32"] != _checksum(ids):
+        remove_curvature(path)  # of other rows, though the manifest is the same
+    known = _known(ids, before, data)
+    columns = {"id": pa.array(ids, pa.string()), "captions": known["captions"],
+               SHARD: pa.array(shards, pa.int64())}  # fmt: skip
+    columns |= {name: known[name] for name in known.column_names if name not in OWN}
+    about = {"parts": len(manifest.parts), "crc32": _checksum(ids)}
+    table = pa.table(columns)
+    if before is None or said != about or not table.equals(before):
+        write_atomically(file, lambda temporary: _write(temporary, table, about))
+
+
+def _write(file: Path, table: pa.Table, about: dict[str, int]) -> None:
+    # Without Arrow's own schema, which tells apart what was read before from what is new.
+    with pq.ParquetWriter(
+        file, table.schema, store_schema=False, write_page_checksum=True
+    ) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"unsee": json.dumps(about)})
+
+
+def _known(ids: list[str], before: pa.Table | None, data: Indexed | None) -> pa.Table:
+    """Returns captions and metadata of examples, in their order; of a data set before a table."""
+    wanted, tables = set(ids), []
     if isinstance(data, ImageDataset):
-        at = {identifier: position for position, identifier in enumerate(data.ids)}
-        for row in rows:
-            if row["id"] in at:
-                position = at[row["id"]]
-                known[row["id"]] = {
-                    **data.metadata(position), "captions": list(data.captions[position])
-                }  # fmt: skip
-    merged = [{**known.get(row["id"], {}), **row} for row in rows]
-    names = dict.fromkeys(["id", "captions", "shard", *(n for row in merged for n in row)])
-    table = pa.table({name: [row.get(name) for row in merged] for name in names})
-    about = {"parts": len(manifest.parts), "crc32": _checksum([row["id"] for row in merged])}
-    table = table.replace_schema_metadata({"unsee": json.dumps(about)})
-    write_atomically(file, lambda p: pq.write_table(table, p, write_page_checksum=True))
+        told = data.table.remove_columns("image").with_format("arrow")[:]
+        tables.append(
+            told.replace_schema_metadata(None).filter(pa.array([i in wanted for i in data.ids]))
+        )
+        wanted -= set(data.ids)
+    if before is not None:
+        kept = before.filter(pa.array([i in wanted for i in before["id"].to_pylist()], pa.bool_()))
+        if SHARD not in kept.column_names:  # of an earlier version, which called it so
+            kept = kept.drop_columns("shard")
+        tables.insert(0, kept)
+    tables = [table for table in tables if len(table)]
+    captions = pa.schema({"id": pa.string(), "captions": pa.list_(pa.string())})
+    found = pa.concat_tables(
+        [captions.empty_table(), *of_one_type(tables)], promote_options="default"
+    )
+    place = {identifier: row for row, identifier in enumerate(found["id"].to_pylist())}
+    return found.take(pa.array([place.get(identifier) for identifier in ids], pa.int64()))
 
 
 def read_ids(path: Path, manifest: Manifest) -> list[str] | None:
@@ -67,7 +105,7 @@ def read_rows(path: Path, manifest: Manifest) -> dict[int, list[str]] | None:
     file = path / "examples.parquet"
     if not file.is_file():
         return None
-    table, about = _read(file, ["id", "shard"])
+    table, about = _read(file, ["id", SHARD, "shard"])
     ids = table["id"].to_pylist()
     if about["crc32"] != _checksum(ids):
         raise _damaged(file, f"its checksum is {_checksum(ids)}, not {about['crc32']}")
@@ -76,7 +114,8 @@ def read_rows(path: Path, manifest: Manifest) -> dict[int, list[str]] | None:
     rows: dict[int, list[str]] = {shard.number: [] for shard in manifest.shards}
     # A deletion that was killed may have left rows behind.
     gone = set(manifest.deleted)
-    for identifier, number in zip(ids, table["shard"].to_pylist(), strict=True):
+    numbers = table[SHARD if SHARD in table.column_names else "shard"].to_pylist()
+    for identifier, number in zip(ids, numbers, strict=True):
         if number not in rows:
             raise _damaged(file, f"it has a row of shard {number!r}, which there is not")
         if identifier not in gone:
@@ -115,10 +154,17 @@ def _checksum(ids: list[str]) -> int:
 
 
 def _read(file: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, int]]:
+    """Returns the table, or those of the columns that it has, and what is said of it."""
     try:
-        table = pq.read_table(file, columns=columns, page_checksum_verification=True)
-        about = json.loads((table.schema.metadata or {})[b"unsee"])
-        return table, {name: about[name] for name in ("parts", "crc32")}
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            names = opened.schema_arrow.names
+            table = opened.read(None if columns is None else [c for c in columns if c in names])
+            about = json.loads((opened.metadata.metadata or {})[b"unsee"])
+        if "id" not in names or not {SHARD, "shard"}.intersection(names):
+            raise LookupError(f"it has no column 'id' or {SHARD!r}")
+        return table.replace_schema_metadata(None), {
+            name: about[name] for name in ("parts", "crc32")
+        }
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         raise _damaged(file, repr(error).splitlines()[0]) from None
 
