@@ -19,6 +19,7 @@ from unsee.cli import main
 from unsee.cli_index import print_top
 from unsee.data.dataset import load_dataset
 from unsee.methods.base import Scores
+from unsee.runs import Source
 
 COLUMNS = ("examples", "loss", "factors", "outputs")
 ASKED = ["--prompt", "a red square", "--seed", "0", "--sampler-steps", "2"]
@@ -514,6 +515,97 @@ def test_append_is_refused(mine: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     refused(capsys, main([*command, str(tmp_path / "none")]), "is no run that `unsee index` made")
     both = [*command, str(mine.path), "--delete", "red-circle.png"]
     refused(capsys, main(both), "one at a time")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--draws", "32"], "--draws: 32 is asked for, but run"),
+        (["--storage", "float32"], "--storage: float32"),
+        (["--flips"], "--flips: True"),
+        (["--columns", "sketch"], "--columns: ['sketch']"),
+        (["--columns", "loss"], "built with ['loss', 'factors', 'outputs']"),
+        (["--tolerance", "0.5"], "--tolerance: 0.5"),
+        (["--method-seed", "9"], "--method-seed: 9"),
+        (["--shard-size", "1"], "--shard-size: 1"),
+        (["--timesteps", "0", "0.5"], "--timesteps: [0.0, 0.5]"),
+        (["--sketch-length", "9"], "--sketch-length: 9"),
+        (["--sketch-parameters", "all"], "--sketch-parameters: all"),
+        (["--sketch-measures", "loss"], "--sketch-measures: ['loss']"),
+    ],
+    ids=str,
+)
+def test_options_that_an_addition_or_a_deletion_cannot_heed_are_refused(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], said: str
+) -> None:
+    further = further_pictures(tmp_path / "further")
+    before = {p: p.read_bytes() for p in built.path.rglob("*") if p.is_file()}
+    append = ["index", str(built.model), str(further), "--out", str(built.path), "--append"]
+    refused(capsys, main([*append, *options]), said, "--append does not change that: leave it")
+    delete = [*append[:-1], "--delete", "red-circle.png"]
+    refused(capsys, main([*delete, *options]), said, "--delete does not change that: leave it")
+    for option in (["--encoders", "latent"], ["--skip-bad"]):
+        refused(capsys, main([*delete, *option]), f"{option[0]}: ", "--delete does not change")
+    assert before == {p: p.read_bytes() for p in built.path.rglob("*") if p.is_file()}
+
+
+def test_what_the_run_was_built_with_may_be_said_again(mine: Run, tmp_path: Path) -> None:
+    columns = ["--columns", "outputs", "factors", "examples", "loss"]
+    again = [*mine.index[3:], *columns, "--storage", "int8", "--tolerance", "0.0003"]
+    further = further_pictures(tmp_path / "further")
+    assert main(["index", str(mine.model), str(further), *again, "--append"]) == 0
+    assert main([*mine.index[:3], *again, "--delete", "grey.png"]) == 0
+
+
+def test_bad_pictures_of_an_addition_are_left_out_for_good(
+    mine: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    further = further_pictures(tmp_path / "further")
+    (further / "grey.png").write_bytes(b"broken")
+    with (further / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "gone.png", "text": "all gone"}) + "\n")
+    command = ["index", str(mine.model), str(further), *mine.index[3:]]
+    refused(capsys, main([*command, "--append"]), "gone.png: no such file")
+    assert main([*command, "--append", "--skip-bad"]) == 0
+    assert "13 examples, 0 deleted" in capsys.readouterr().out
+    assert mine.attribute(tmp_path / "out") == 0
+    assert "black.png" in Scores.load(tmp_path / "out" / "scores.parquet").ids
+    # A shard of it is made again, with the same option; the first data set has none.
+    lost = sorted(mine.path.glob("columns/examples/*"))[-1]
+    was = lost.read_bytes()
+    lost.unlink()
+    refused(capsys, main([*mine.index, "--skip-bad"]), 'on_error is "raise" there')
+    assert main([*command, "--skip-bad"]) == 0
+    assert lost.read_bytes() == was
+    assert mine.attribute(tmp_path / "out") == 0
+
+
+def test_what_ships_keeps_its_name_beside_a_folder_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "twemoji", "twemoji-skin-tones", "mine"):
+        (tmp_path / name).mkdir()
+    source = Source("demo", "twemoji", further=("twemoji-skin-tones",))
+    assert source.absolute() == source
+    found = Source("mine", "mine", further=("mine", "elsewhere")).absolute()
+    own = str(tmp_path / "mine")
+    assert found == Source(own, own, further=(own, "elsewhere"))
+
+
+def test_a_refused_build_leaves_the_folder_as_it_was(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for options, said in ((["--draws", "3"], "even number"), (["--columns", "x"], "no column")):
+        run = Run(built.model, built.data, tmp_path / "run")
+        refused(capsys, main([*run.index, *options]), said)
+        assert not run.path.exists()
+        run.path.mkdir()
+        (run.path / "source.json").write_text("precious")
+        refused(capsys, main([*run.index, *options]), said)
+        assert [p.name for p in run.path.iterdir()] == ["source.json"]
+        assert (run.path / "source.json").read_text() == "precious"
+        shutil.rmtree(run.path)
 
 
 def test_pictures_that_were_added_are_named(

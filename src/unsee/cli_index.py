@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from .index.sketch import Sketch
     from .methods.base import Scores
     from .runs import Source
+
+OF_BUILD = (
+    "columns", "draws", "timesteps", "storage", "tolerance", "sketch_parameters", "sketch_length",
+    "sketch_measures", "flips", "shard_size", "method_seed",
+)  # fmt: skip
+"""What a build settles for all that is added later."""
 
 CURVATURES = ("ekfac", "kfac", "diagonal", "diagonal_per_draw", "identity")
 
@@ -66,7 +73,9 @@ def add_index(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--delete", nargs="+", metavar="ID",
                          help="erase these examples; the other options as they were")  # fmt: skip
     add_model_options(command)
-    command.set_defaults(run=_index)
+    # None says that an option was not given: what a run was built with cannot be changed later.
+    ordinary = {name: command.get_default(name) for name in OF_BUILD}
+    command.set_defaults(run=_index, ordinary=ordinary, **dict.fromkeys(OF_BUILD))
 
     command = commands.add_parser(
         "influence", help="which training examples a run's model has learnt by heart"
@@ -99,13 +108,14 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from .draws import Draws
     from .index.describe import describe_index
     from .index.index import Index
-    from .runs import append, is_run, open_model, write_source
+    from .runs import append, open_model
 
     if args.append and args.delete:
         raise ValueError("index: --append adds pictures and --delete erases some: one at a time")
+    if args.append or args.delete:
+        _check_as_built(args)
     if args.append:
         data = open_data(args.data, args.skip_bad)
         quiet_loading()
@@ -116,11 +126,25 @@ def _index(args: argparse.Namespace) -> None:
         Index.open(args.out, open_model(source_of(args), args.device)).delete(args.delete)
         print("erased; scores and pages that were made before still have them: remove those too")
     else:
-        model, data = open_model_and_data(args)
-        length = model.num_train_timesteps
-        source = _source_of_build(args)
-        if not is_run(args.out):  # so that a build that is stopped can be asked what it is of
-            write_source(args.out, source)
+        given = {n: args.ordinary.get(n) if v is None else v for n, v in vars(args).items()}
+        _fit(_build(argparse.Namespace(**given)))
+    for line in describe_index(args.out):
+        print(line)
+
+
+def _build(args: argparse.Namespace) -> Index:
+    from .draws import Draws
+    from .index.index import Index
+    from .runs import is_run, recorded, write_source
+
+    model, data = open_model_and_data(args)
+    length = model.num_train_timesteps
+    source = _source_of_build(args)
+    # From its beginning, so that a build that is stopped can be asked what it is of.
+    begun = contextlib.nullcontext() if is_run(args.out) else recorded(
+        args.out, source, lambda: is_run(args.out)
+    )  # fmt: skip
+    with begun:
         index = Index.build(
             args.out, model, data, args.columns, encoders=args.encoders,
             draws=Draws(args.method_seed, args.draws, args.timesteps or "stratified", length),
@@ -128,10 +152,46 @@ def _index(args: argparse.Namespace) -> None:
             shard_size=args.shard_size, batch_size=args.batch_size,
             on_error="skip" if args.skip_bad else "raise",
         )  # fmt: skip
-        write_source(args.out, source)
-        _fit(index)
-    for line in describe_index(args.out):
-        print(line)
+    write_source(args.out, source)
+    return index
+
+
+def _check_as_built(args: argparse.Namespace) -> None:
+    """Refuses options that say otherwise than the run was built.
+
+    The same may be said again: to erase, `--delete` is added to the command that built the run.
+    """
+    from .index.layout import read_manifest
+    from .runs import is_run
+
+    if not is_run(args.out):
+        return  # refused by what comes next
+    settings = read_manifest(args.out).settings
+    draws, sketch = settings["draws"], settings.get("sketch", {})
+    built = {
+        "columns": [c for c in settings["columns"] if c != "examples"],
+        "draws": draws["n"], "timesteps": draws["timesteps"], "method_seed": draws["seed"],
+        "storage": settings["storage"], "tolerance": settings["tolerance"],
+        "flips": settings["views"] == 2, "shard_size": settings["shard_size"],
+        **{f"sketch_{n}": sketch.get(n) for n in ("parameters", "length", "measures")},
+    }  # fmt: skip
+    said = {name: getattr(args, name) for name in OF_BUILD}
+    if said["columns"] is not None:
+        said["columns"] = [c for c in built["columns"] if c in said["columns"]] + [
+            c for c in said["columns"] if c not in ("examples", *built["columns"])
+        ]
+    if args.delete:  # nothing is computed
+        built |= {"encoders": list(settings.get("encoders", ()))}
+        said |= {"encoders": [Path(e).name for e in args.encoders] or None}
+        built |= {"skip_bad": settings["on_error"] == "skip"}
+        said |= {"skip_bad": args.skip_bad or None}
+    for name, value in said.items():
+        if value is not None and value != built[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: {value} is asked for, but run {str(args.out)!r} was "
+                f"built with {built[name]}, and --{'delete' if args.delete else 'append'} does not "
+                "change that: leave it out"
+            )
 
 
 def _sketch(args: argparse.Namespace) -> Sketch | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 SOURCE = "source.json"
 
+DEMO = "demo"
+"""The model that ships."""
+
+TWEMOJI = ("twemoji", "twemoji-skin-tones")
+"""Data sets that a package ships."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -37,6 +44,7 @@ class Source:
         dtype: of the weights.
         skip_bad: whether pictures that cannot be read were left out.
         further: data sets that were appended, in words as `data`.
+        further_skip_bad: those of them whose pictures that cannot be read were left out.
     """
 
     model: str
@@ -46,30 +54,39 @@ class Source:
     dtype: Dtype = "float32"
     skip_bad: bool = False
     further: tuple[str, ...] = ()
+    further_skip_bad: tuple[str, ...] = ()
 
     def absolute(self) -> Source:
-        """Returns the source with folders that are found again from any other one."""
+        """Returns the source with folders that are found again from any other one.
+
+        What ships keeps its name, also beside a folder that is called so.
+        """
 
         def found(value: str) -> str:
-            return str(Path(value).resolve()) if value and Path(value).exists() else value
+            ships = not value or value in (DEMO, *TWEMOJI)
+            return value if ships or not Path(value).exists() else str(Path(value).resolve())
 
         return dataclasses.replace(
             self, model=found(self.model), data=found(self.data),
             lora=found(self.lora) if self.lora else self.lora,
             further=tuple(found(name) for name in self.further),
+            further_skip_bad=tuple(found(name) for name in self.further_skip_bad),
         )  # fmt: skip
 
 
 def open_data(name: str, skip_bad: bool = False) -> ImageDataset:
     """Opens a data set by name: one that ships with a package, or a folder."""
-    if name in ("twemoji", "twemoji-skin-tones"):
+    if name in TWEMOJI:
         return load_dataset("twemoji", skin_tones=name == "twemoji-skin-tones")
     return load_dataset("imagefolder", data_dir=name, on_error="skip" if skip_bad else "raise")
 
 
 def open_all(source: Source) -> ImageDataset:
     """Opens the data set of a source, with those that were appended."""
-    further = [open_data(name, source.skip_bad) for name in source.further]
+    further = [
+        open_data(name, source.skip_bad or name in source.further_skip_bad)
+        for name in source.further
+    ]
     return open_data(source.data, source.skip_bad).with_further(further)
 
 
@@ -81,7 +98,7 @@ def append(
 
     Args:
         path: of the run.
-        source: of the pictures, and of the model that was indexed.
+        source: of the pictures, whether bad ones are left out, and of the model that was indexed.
         data: the pictures.
         device: of the model.
         batch_size: passes at once.
@@ -92,16 +109,15 @@ def append(
     """
     before, begun = read_source(path), read_manifest(path)
     index = Index.open(path, open_model(source, device))
+    known, name = finished_only(before, index.manifest), source.absolute().data
+    further = tuple(dict.fromkeys([*known.further, name]))
+    skip_bad = {*known.further_skip_bad, *([name] if source.skip_bad else [])}
+    known = dataclasses.replace(
+        known, further=further, further_skip_bad=tuple(n for n in further if n in skip_bad)
+    )
     # First, so that an addition that is killed behind its last example can be found again.
-    known = finished_only(before, index.manifest)
-    names = dict.fromkeys([*known.further, source.absolute().data])
-    write_source(path, dataclasses.replace(known, further=tuple(names)))
-    try:
-        return index.append(data, batch_size, encoders)
-    except Exception:
-        if read_manifest(path).parts == begun.parts:  # refused, before anything was planned
-            write_source(path, before)
-        raise
+    with recorded(path, known, lambda: read_manifest(path).parts != begun.parts):
+        return index.append(data, batch_size, encoders, "skip" if source.skip_bad else None)
 
 
 def finished_only(source: Source, manifest: Manifest) -> Source:
@@ -120,7 +136,7 @@ def open_model(source: Source, device: str | None = None) -> Denoiser:
     from .models.base import Denoiser
     from .models.loading import load_lora, load_pipeline
 
-    folder = write_demo_model() if source.model == "demo" else source.model
+    folder = write_demo_model() if source.model == DEMO else source.model
     pipeline = load_pipeline(folder, source.dtype, device)
     if source.lora:
         load_lora(pipeline, source.lora)
@@ -148,6 +164,34 @@ def write_source(path: Path, source: Source) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def recorded(path: Path, source: Source, kept: Callable[[], bool]) -> Iterator[None]:
+    """Records where an index comes from before it is made or added to.
+
+    Args:
+        path: of the run.
+        source: what is recorded.
+        kept: whether anything came of it; where it was refused, what was there is put back.
+
+    Raises:
+        ValueError: see `write_source`.
+    """
+    file, new = path / SOURCE, not path.exists()
+    before = file.read_bytes() if file.is_file() else None
+    write_source(path, source)
+    try:
+        yield
+    except BaseException:
+        if not kept():
+            if before is None:
+                file.unlink()
+            else:
+                write_atomically(file, lambda p: p.write_bytes(before))
+            if new:
+                path.rmdir()
+        raise
+
+
 def read_source(path: Path) -> Source:
     """Reads what `write_source` wrote.
 
@@ -165,7 +209,8 @@ def read_source(path: Path) -> Source:
         )
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        return Source(**{**about, "further": tuple(about.get("further", ()))})
+        names = {n: tuple(about.get(n, ())) for n in ("further", "further_skip_bad")}
+        return Source(**{**about, **names})
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): run `unsee index` again") from None
 

@@ -196,7 +196,7 @@ def plan_shards(manifest: Manifest, part: Part) -> Manifest:
 @exact_kernels()
 def fill(
     path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int, batch_size: int,
-    encoders: Encoders,
+    encoders: Encoders, on_error: OnError,
 ) -> None:  # fmt: skip
     """Computes the shards of one data set that are not there yet.
 
@@ -208,6 +208,7 @@ def fill(
         part: its position in the manifest.
         batch_size: passes at once. Within the noise floor, numbers do not depend on it.
         encoders: of the column `features`.
+        on_error: a picture that cannot be read is fatal or left out.
 
     Raises:
         ValueError: a picture that cannot be read, a loss that is not finite, a damaged shard.
@@ -218,6 +219,7 @@ def fill(
     bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
                disable=None, file=sys.stderr)  # fmt: skip
     for shard in todo:
+        _make_examples(path, manifest, model, data, shard, on_error)
         _fill_shard(path, manifest, model, data, shard, batch_size, encoders, sketcher)
         bar.update(shard.last - shard.first)
     bar.close()
@@ -227,9 +229,7 @@ def _fill_shard(
     path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard, batch_size: int,
     encoders: Encoders, sketcher: Callable[[], Sketcher],
 ) -> None:  # fmt: skip
-    _make_examples(path, manifest, model, data, shard)
-    every = manifest.settings["columns"]
-    columns = [c for c in every if not shard_path(path, c, shard).is_file()]
+    columns = [c for c in manifest.settings["columns"] if not shard_path(path, c, shard).is_file()]
     if not columns:
         return
     # Read back, so that a resumed build computes on the very same numbers.
@@ -250,7 +250,7 @@ def _fill_shard(
 
 
 def _make_examples(
-    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard
+    path: Path, manifest: Manifest, model: Denoiser, data: Indexed, shard: Shard, on_error: OnError
 ) -> None:
     """Makes the examples of a shard, if they are not there, and removes columns of other rows.
 
@@ -261,7 +261,7 @@ def _make_examples(
     heads = {c: read_header(path, manifest, c, shard) for c in files}
     lost = not shard_path(path, "examples", shard).is_file()
     if lost:
-        encoded = encode_shard(model, data, shard, manifest)
+        encoded = encode_shard(model, data, shard, manifest, on_error)
         ids = [] if encoded is None else encoded.ids
     else:
         encoded, ids = None, read_header(path, manifest, "examples", shard)[0]["ids"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.dataset import ImageDataset
+from ..data.dataset import ImageDataset, OnError
 from ..data.latents import EncodedDataset, EncodedExamples, encode_dataset
 from ..models.base import Denoiser
 from .layout import Manifest, Shard
@@ -17,7 +17,7 @@ Indexed = ImageDataset | EncodedExamples
 
 
 def encode_shard(
-    model: Denoiser, data: Indexed, shard: Shard, manifest: Manifest
+    model: Denoiser, data: Indexed, shard: Shard, manifest: Manifest, on_error: OnError
 ) -> EncodedDataset | None:
     """Returns the examples of a shard; None where all were deleted, or no picture can be read."""
     flips = manifest.settings["views"] == 2
@@ -27,12 +27,9 @@ def encode_shard(
         return None
     if isinstance(data, ImageDataset):
         some = data.select([data.ids[p] for p in positions])
-        skip = manifest.settings["on_error"] == "skip"
-        if skip and not any(_readable(some, p) for p in range(len(some))):
+        if on_error == "skip" and not any(_readable(some, p) for p in range(len(some))):
             return None
-        return encode_dataset(
-            model, some, flips=flips, on_error="skip" if skip else "raise", progress=False
-        )
+        return encode_dataset(model, some, flips=flips, on_error=on_error, progress=False)
     states, rows = [], []
     for p in positions:
         rows.append([len(states) + c for c in range(data.caption_counts[p])])

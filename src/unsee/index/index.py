@@ -131,6 +131,8 @@ class Index(Columns):
         part = part_of(data)
         if (path / "manifest.json").is_file():
             manifest = read_manifest(path)
+            if manifest.was_appended(part):  # it has its own
+                settings["on_error"] = manifest.settings["on_error"]
             manifest.check(settings, path)
             number = manifest.number_of(part, path)
             if number < len(manifest.parts) - 1:
@@ -140,7 +142,7 @@ class Index(Columns):
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
                 write_manifest(path, manifest)
-        return cls._fill(path, manifest, model, data, number, batch_size, seen_by)
+        return cls._fill(path, manifest, model, data, number, batch_size, seen_by, on_error)
 
     @classmethod
     def open(cls, path: str | Path, model: Denoiser) -> Self:
@@ -177,11 +179,11 @@ class Index(Columns):
     @classmethod
     def _fill(
         cls, path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int,
-        batch_size: int, encoders: Encoders,
+        batch_size: int, encoders: Encoders, on_error: OnError,
     ) -> Self:  # fmt: skip
         """Computes what is missing of a part."""
         with writing(path):
-            fill(path, manifest, model, data, part, batch_size, encoders)
+            fill(path, manifest, model, data, part, batch_size, encoders, on_error)
             write_table(path, manifest, data)
         index = cls(path, model, manifest)
         if not index.ids and not manifest.deleted:
@@ -193,7 +195,10 @@ class Index(Columns):
 
     # -- changing ---------------------------------------------------------------------------
 
-    def append(self, data: Indexed, batch_size: int = 64, encoders: Sequence[str] = ()) -> Index:
+    def append(
+        self, data: Indexed, batch_size: int = 64, encoders: Sequence[str] = (),
+        on_error: OnError | None = None,
+    ) -> Index:  # fmt: skip
         """Adds examples and returns the index with them; killed, it goes on where it was.
 
         Another addition that was not finished is given up.
@@ -201,6 +206,8 @@ class Index(Columns):
         Args:
             data, batch_size: as `build` takes them.
             encoders: folders of the vision encoders that the index was built with, if any.
+            on_error: a picture that cannot be read is fatal or left out; as when the index was
+                built if nothing is said.
 
         Raises:
             ValueError: an id is there already or was deleted, examples do not fit, or see `build`.
@@ -220,7 +227,8 @@ class Index(Columns):
                 if before is not begun:
                     remove_others(self.path, manifest)
         number = len(manifest.parts) - 1
-        return self._fill(self.path, manifest, self.model, data, number, batch_size, seen_by)
+        return self._fill(self.path, manifest, self.model, data, number, batch_size, seen_by,
+                          on_error or manifest.settings["on_error"])  # fmt: skip
 
     def _check_new(self, data: Indexed) -> None:
         """Refuses what cannot be appended, before anything is written."""

@@ -120,6 +120,11 @@ class Manifest:
             "use another folder, or Index.append for further examples"
         )
 
+    def was_appended(self, part: Part) -> bool:
+        """Whether a part is one of those behind the first."""
+        return any((p.fingerprint, p.count) == (part.fingerprint, part.count)
+                   for p in self.parts[1:])  # fmt: skip
+
     def without_last_part(self) -> Manifest:
         """Returns what the index was before the last data set was added."""
         last = len(self.parts) - 1

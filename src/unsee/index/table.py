@@ -67,7 +67,7 @@ def _known(ids: list[str], before: pa.Table | None, data: Indexed | None) -> pa.
     """Returns captions and metadata of examples, in their order; of a data set before a table."""
     wanted, tables = set(ids), []
     if isinstance(data, ImageDataset):
-        told = data.table.remove_columns("image").with_format("arrow")[:]
+        told = cast(pa.Table, data.table.remove_columns("image").with_format("arrow")[:])
         tables.append(
             told.replace_schema_metadata(None).filter(pa.array([i in wanted for i in data.ids]))
         )
