@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_deleted_rows_do_not_come_back(index: Index, model, data) -> None:
     with pytest.raises(ValueError, match="example 'picture-5' is there already, or was deleted"):
         smaller.append(data.select(["picture-5"]))
     # A lost shard is computed again without them.
-    shard = next(s for s in smaller.shards() if s.edition == 2)
+    shard = next(s for s in smaller.shards() if s.edition)
     for column in smaller.columns:
         shard_path(index.path, column, shard).unlink()
     assert build_index(index.path, model, data, storage="float32").ids == smaller.ids
@@ -306,7 +307,7 @@ def test_an_unknown_example_cannot_be_deleted(index: Index) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", [0, 1, 3, 4, 7, "write_manifest", "remove_others", "write_table"], ids=str
+    "moment", [0, 1, 3, 4, 7, "write_manifest", "remove_files", "write_table"], ids=str
 )
 def test_a_stopped_deletion_leaves_a_valid_index(index, model, data, query, monkeypatch, moment):
     """At some file of the two shards that change, or before one of the steps after."""
@@ -320,7 +321,7 @@ def test_a_stopped_deletion_leaves_a_valid_index(index, model, data, query, monk
             patch.setattr(module, moment, lambda *_: (_ for _ in ()).throw(Stopped()))
         index.delete(gone)
     opened = Index.open(index.path, model)
-    done = moment in ("remove_others", "write_table")
+    done = moment in ("remove_files", "write_table")
     assert opened.ids == [i for i in IDS if not (done and i in gone)]
     assert_same_scores(scores(opened, query), before)
     assert opened.curvature("ekfac").count == len(opened.ids)
@@ -390,6 +391,70 @@ def test_changes_start_from_what_is_on_disk(index: Index) -> None:
     smaller = index.delete(["picture-2"])
     assert smaller.ids == [*IDS[:2], *IDS[3:], "picture-11"]
     assert index.delete(["picture-11"]).ids == [*IDS[:2], *IDS[3:]]
+
+
+# -- two writers -------------------------------------------------------------------------------
+
+
+def meanwhile(monkeypatch, name: str, work: Callable[[], object]) -> None:
+    """Lets another process do its work, from start to end, just before the next call of a step."""
+    step, done = getattr(module, name), []
+
+    def first(*args):
+        if not done:
+            done.append(True)
+            work()
+        return step(*args)
+
+    monkeypatch.setattr(module, name, first)
+
+
+CHANGED = "another process has changed it meanwhile"
+
+
+@pytest.mark.parametrize("step", ["write_shard", "list_others", "write_manifest"])
+@pytest.mark.parametrize("other", ["picture-1", "picture-6"])
+def test_two_deletions_at_once(index, model, data, query, monkeypatch, step, other) -> None:
+    before = scores(index, query)
+    meanwhile(monkeypatch, step, lambda: Index.open(index.path, model).delete([other]))
+    with pytest.raises(ValueError, match=rf"{CHANGED}|no such shard"):
+        index.delete(["picture-0"])
+    opened = Index.open(index.path, model)
+    assert opened.ids == [i for i in IDS if i != other] and opened.manifest.deleted == [other]
+    assert traces(opened, data, int(other[-1])) == []
+    assert_same_scores(scores(opened, query), before)
+    assert opened.delete(["picture-0"]).ids == [i for i in IDS if i not in ("picture-0", other)]
+    assert traces(opened, data, 0) == traces(opened, data, int(other[-1])) == []
+
+
+def test_two_additions_at_once(index, model, query, monkeypatch) -> None:
+    some, others = (examples(20).select(ids) for ids in (["picture-12"], ["picture-17"]))
+    meanwhile(monkeypatch, "write_manifest", lambda: Index.open(index.path, model).append(others))
+    with pytest.raises(ValueError, match=CHANGED):
+        index.append(some)
+    assert Index.open(index.path, model).ids == [*IDS, "picture-17"]
+    grown = index.append(some)
+    assert grown.ids == [*IDS, "picture-17", "picture-12"]
+    assert scores(grown, query).ids == grown.ids
+
+
+def test_a_deletion_during_an_addition_is_not_undone(index, model, data, monkeypatch) -> None:
+    more = examples(12).select(["picture-11"])
+    with monkeypatch.context() as patch:
+        meanwhile(patch, "check_unchanged", lambda: Index.open(index.path, model).delete(IDS[:2]))
+        with pytest.raises(ValueError, match=CHANGED):
+            index.append(more)
+    opened = Index.open(index.path, model)
+    assert opened.ids == IDS[2:] and traces(opened, data, 0) == []
+    assert index.append(more).ids == [*IDS[2:], "picture-11"]
+
+
+def test_two_builds_with_other_settings_at_once(model, data, tmp_path, monkeypatch) -> None:
+    meanwhile(monkeypatch, "create_manifest",
+              lambda: build_index(tmp_path, model, data, draws=Draws(9, 4)))  # fmt: skip
+    with pytest.raises(ValueError, match=r"draws\.seed is 9 there, but 3 is asked for"):
+        build_index(tmp_path, model, data)
+    assert Index.open(tmp_path, model).draws == Draws(9, 4)
 
 
 # -- what it says of itself --------------------------------------------------------------------

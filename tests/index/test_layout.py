@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from unsee.index.layout import (
     Manifest,
     Part,
     Shard,
+    create_manifest,
     curvature_path,
+    list_others,
     read_manifest,
     read_shard,
-    remove_others,
+    remove_files,
     shard_path,
     write_manifest,
     write_shard,
@@ -103,6 +106,30 @@ def test_another_schema_is_refused_with_both_versions(tmp_path: Path) -> None:
 def test_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no manifest\.json there; build it with `unsee index`"):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_is_replaced_only_as_it_was_read(tmp_path: Path) -> None:
+    write_manifest(tmp_path, MANIFEST)
+    other, mine = changed(model="other"), changed(model="mine")
+    write_manifest(tmp_path, other, MANIFEST)
+    with pytest.raises(ValueError, match=rf"was {MANIFEST.content}, now it is {other.content}"):
+        write_manifest(tmp_path, mine, MANIFEST)
+    assert read_manifest(tmp_path) == other
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_only_one_first_manifest_is_made(tmp_path: Path, monkeypatch, links: bool) -> None:
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr("os.link", refuse)
+    assert create_manifest(tmp_path, MANIFEST)
+    assert not create_manifest(tmp_path, changed(model="other"))
+    assert read_manifest(tmp_path) == MANIFEST
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
 
 # -- shards ------------------------------------------------------------------------------------
@@ -211,5 +238,5 @@ def test_only_what_belongs_to_the_rows_is_kept(tmp_path: Path) -> None:
     (tmp_path / "curvature").mkdir()
     for file in [*others[1:], curvature_path(tmp_path, MANIFEST, "factors-ekfac")]:
         file.write_bytes(b"")
-    remove_others(tmp_path, MANIFEST)
+    remove_files(list_others(tmp_path, MANIFEST))
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == kept

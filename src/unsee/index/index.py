@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -37,11 +38,16 @@ from .kernel import SketchKernel, fit_kernel
 from .layout import (
     Manifest,
     Shard,
+    check_unchanged,
+    create_manifest,
     curvature_path,
+    edition_of,
+    list_others,
     missing_shards,
     read_manifest,
-    remove_others,
+    remove_files,
     rows_key,
+    shard_path,
     write_manifest,
     write_shard,
     writing,
@@ -129,19 +135,16 @@ class Index(Columns):
             model, draws, columns, storage, shard_size, flips, on_error, seen_by, tolerance, sketch
         )
         part = part_of(data)
-        if (path / "manifest.json").is_file():
-            manifest = read_manifest(path)
-            if manifest.was_appended(part):  # it has its own
-                settings["on_error"] = manifest.settings["on_error"]
-            manifest.check(settings, path)
-            number = manifest.number_of(part, path)
-            if number < len(manifest.parts) - 1:
-                manifest = finished(path, manifest)
-        else:
-            number, manifest = 0, plan_shards(Manifest(settings, environment_of(model)), part)
+        if not (path / "manifest.json").is_file():
+            first = plan_shards(Manifest(settings, environment_of(model)), part)
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
-                write_manifest(path, manifest)
+                create_manifest(path, first)
+        manifest = read_manifest(path)  # another builder's, where it was faster
+        if manifest.was_appended(part):  # it has its own
+            settings["on_error"] = manifest.settings["on_error"]
+        manifest.check(settings, path)
+        number = manifest.number_of(part, path)
         return cls._fill(path, manifest, model, data, number, batch_size, seen_by, on_error)
 
     @classmethod
@@ -181,12 +184,14 @@ class Index(Columns):
         cls, path: Path, manifest: Manifest, model: Denoiser, data: Indexed, part: int,
         batch_size: int, encoders: Encoders, on_error: OnError,
     ) -> Self:  # fmt: skip
-        """Computes what is missing of a part."""
+        """Computes what is missing of a part, and leaves a later one that is not finished alone."""
+        whole = manifest if part == len(manifest.parts) - 1 else finished(path, manifest)
         with writing(path):
-            fill(path, manifest, model, data, part, batch_size, encoders, on_error)
-            write_table(path, manifest, data)
-        index = cls(path, model, manifest)
-        if not index.ids and not manifest.deleted:
+            fill(path, whole, model, data, part, batch_size, encoders, on_error)
+            check_unchanged(path, manifest)
+            write_table(path, whole, data)
+        index = cls(path, model, whole)
+        if not index.ids and not whole.deleted:
             raise ValueError(
                 f"index {str(path)!r}: none of the {len(data.ids)} pictures can be read, so there "
                 "is nothing in it; repair them, and build in another folder"
@@ -223,9 +228,9 @@ class Index(Columns):
             Index(self.path, self.model, before)._check_new(data)
             manifest = plan_shards(before, part)
             with writing(self.path):
-                write_manifest(self.path, manifest)
-                if before is not begun:
-                    remove_others(self.path, manifest)
+                given_up = [] if before is begun else list_others(self.path, manifest)
+                write_manifest(self.path, manifest, begun)
+                remove_files(given_up)
         number = len(manifest.parts) - 1
         return self._fill(self.path, manifest, self.model, data, number, batch_size, seen_by,
                           on_error or manifest.settings["on_error"])  # fmt: skip
@@ -263,27 +268,46 @@ class Index(Columns):
         Raises:
             ValueError: an id that is not there.
         """
-        manifest, gone = settled(self.path, read_manifest(self.path)), set(ids)
+        begun, gone = read_manifest(self.path), set(ids)
+        manifest = settled(self.path, begun)
         before = Index(self.path, self.model, manifest)
         unknown = sorted(gone - set(before.ids) - set(manifest.deleted))
         if unknown:
             raise ValueError(f"index {str(self.path)!r}: there is no example {unknown[0]!r}")
-        shards = []
-        with writing(self.path):
-            for shard in manifest.shards:
+        shards = list(manifest.shards)
+        with writing(self.path), self._undone_unless_listed() as written:
+            for place, shard in enumerate(manifest.shards):
                 here = before.rows[shard.number]
                 if gone.isdisjoint(here):
-                    shards.append(shard)
                     continue
-                shards.append(dataclasses.replace(shard, edition=shard.edition + 1))
-                before._rewrite(shard, shards[-1], [i not in gone for i in here])
+                edition = edition_of([i for i in here if i not in gone])
+                shards[place] = dataclasses.replace(shard, edition=edition)
+                written.append(shards[place])
+                before._rewrite(shard, shards[place], [i not in gone for i in here])
             deleted = [*manifest.deleted, *(i for i in before.ids if i in gone)]
             manifest = dataclasses.replace(manifest, shards=shards, deleted=deleted)
+            # Named before: what another writer adds, once it has read the new manifest, is kept.
+            others = list_others(self.path, manifest)
             # From here on the index is the one without them, whatever is left to tidy up.
-            write_manifest(self.path, manifest)
-            remove_others(self.path, manifest)
+            write_manifest(self.path, manifest, begun)
+            remove_files(others)
             write_table(self.path, manifest)
         return Index(self.path, self.model, manifest)
+
+    @contextlib.contextmanager
+    def _undone_unless_listed(self) -> Iterator[list[Shard]]:
+        """Removes what was written of shards, where something fails before the manifest has them.
+
+        Another writer may meanwhile have erased what is in them.
+        """
+        written: list[Shard] = []
+        try:
+            yield written
+        except BaseException:
+            listed = read_manifest(self.path).shards
+            lost = [s for s in written if s not in listed]
+            remove_files(shard_path(self.path, c, s) for c in self.columns for s in lost)
+            raise
 
     def _rewrite(self, shard: Shard, new: Shard, kept: list[bool]) -> None:
         """Writes the kept rows of a shard's columns as another edition of it."""

@@ -16,6 +16,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,12 +165,65 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest of the index at `path`."""
+def write_manifest(path: Path, manifest: Manifest, before: Manifest | None = None) -> None:
+    """Writes the manifest of the index at `path`.
+
+    Args:
+        path: of the index.
+        manifest: what it is to be.
+        before: what it was when it was read, if it is to be replaced only as such.
+
+    Raises:
+        ValueError: see `check_unchanged`.
+    """
+    text = _text_of(manifest)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+        if before is not None:
+            check_unchanged(
+                path, before
+            )  # last: what happens between this and the renaming is lost
+
+    write_atomically(path / "manifest.json", write)
+
+
+def create_manifest(path: Path, manifest: Manifest) -> bool:
+    """Writes the first manifest of an index; False where another writer was faster."""
+    file = path / "manifest.json"
+    whole = path / f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    write_atomically(whole, lambda p: p.write_text(_text_of(manifest), encoding="utf-8"))
+    try:
+        os.link(whole, file)  # unlike renaming, never over another
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if file.exists():
+            return False
+        os.replace(whole, file)
+    finally:
+        whole.unlink(missing_ok=True)
+    return True
+
+
+def check_unchanged(path: Path, before: Manifest) -> None:
+    """Refuses to go on where another writer has changed the index since.
+
+    Raises:
+        ValueError: the manifest is another one than it was.
+    """
+    now = read_manifest(path)
+    if now != before:
+        raise ValueError(
+            f"index {str(path)!r}: another process has changed it meanwhile (its content was "
+            f"{before.content}, now it is {now.content}); nothing was changed here, run the same "
+            "again"
+        )
+
+
+def _text_of(manifest: Manifest) -> str:
     about = dataclasses.asdict(manifest)
-    about = {"schema": SCHEMA, "checksum": _hash(about), **about}
-    text = json.dumps(about, indent=1) + "\n"
-    write_atomically(path / "manifest.json", lambda p: p.write_text(text, encoding="utf-8"))
+    return json.dumps({"schema": SCHEMA, "checksum": _hash(about), **about}, indent=1) + "\n"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -225,20 +280,24 @@ def curvature_path(path: Path, manifest: Manifest, name: str) -> Path:
     return path / "curvature" / f"{name}-{manifest.content}.safetensors"
 
 
-def remove_others(path: Path, manifest: Manifest) -> None:
-    """Removes what is not of these rows: earlier shards, curvature, and parts of files."""
+def list_others(path: Path, manifest: Manifest) -> list[Path]:
+    """Returns what is not of these rows: earlier shards, curvature, and parts of files."""
     columns = manifest.settings["columns"]
     kept = {shard_path(path, c, shard) for c in columns for shard in manifest.shards}
     other = [f for f in path.glob("columns/*/*") if f not in kept]
     other += [f for f in path.glob("curvature/*") if manifest.content not in f.name]
-    for file in [*other, *path.glob(".*.part")]:
+    return [*other, *(f for f in path.glob(".*.part") if f.is_file())]
+
+
+def remove_files(files: Iterable[Path]) -> None:
+    """Removes files, as far as they are still there."""
+    for file in files:
         file.unlink(missing_ok=True)
 
 
 def remove_curvature(path: Path) -> None:
     """Removes every curvature: it is fitted again when it is next needed."""
-    for file in path.glob("curvature/*"):
-        file.unlink(missing_ok=True)
+    remove_files(path.glob("curvature/*"))
 
 
 def edition_of(rows: object) -> int:
