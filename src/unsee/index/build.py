@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ COLUMNS: dict[str, str] = {
     "features": "what encoders see of a picture or caption: similarity",
 }
 """What a column holds and what it can answer."""
+
+ENCODED_BY = "encoded_by"
+"""The setting of an index of pictures that tells its autoencoder, text encoder and tokenizer."""
 
 DEFAULT_ENCODERS = ("latent", "text")
 """Of the column `features`: they need nothing but what the index has."""
@@ -109,6 +112,27 @@ def settings_of(
         **({"encoders": encoder_settings(encoders)} if encoders else {}),
         **({"sketch": sketch_settings(model, sketch or Sketch())} if "sketch" in columns else {}),
     }
+
+
+def encoded_by(model: Denoiser, data: Indexed) -> dict[str, Any]:
+    """Returns the setting that tells what made latents and texts of pictures.
+
+    Of data that came encoded nothing is known.
+    """
+    pictures = isinstance(data, ImageDataset)
+    return {ENCODED_BY: model.encoder_fingerprints()} if pictures else {}
+
+
+def comparable(settings: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings to hold against those of an index that is there.
+
+    Encoders count where both tell them: neither data that came encoded does, nor an index from
+    before they were recorded.
+    """
+    if ENCODED_BY in settings and ENCODED_BY in known:
+        return settings
+    rest = {name: value for name, value in settings.items() if name != ENCODED_BY}
+    return {**rest, ENCODED_BY: known[ENCODED_BY]} if ENCODED_BY in known else rest
 
 
 def open_encoders(

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -17,8 +17,11 @@ from ..data.dataset import ImageDataset, OnError
 from ..draws import Draws
 from ..models.base import Denoiser
 from .build import (
+    ENCODED_BY,
     MEASURES,
+    comparable,
     draws_of,
+    encoded_by,
     environment_of,
     fill,
     layers_of,
@@ -134,6 +137,7 @@ class Index(Columns):
         settings = settings_of(
             model, draws, columns, storage, shard_size, flips, on_error, seen_by, tolerance, sketch
         )
+        settings |= encoded_by(model, data)
         part = part_of(data)
         if not (path / "manifest.json").is_file():
             first = plan_shards(Manifest(settings, environment_of(model)), part)
@@ -143,7 +147,7 @@ class Index(Columns):
         manifest = read_manifest(path)  # another builder's, where it was faster
         if manifest.was_appended(part):  # it has its own
             settings["on_error"] = manifest.settings["on_error"]
-        manifest.check(settings, path)
+        manifest.check(comparable(settings, manifest.settings), path)
         number = manifest.number_of(part, path)
         return cls._fill(path, manifest, model, data, number, batch_size, seen_by, on_error)
 
@@ -157,10 +161,12 @@ class Index(Columns):
         path = Path(path)
         manifest = finished(path, read_manifest(path))
         parameter = next(model.network.parameters())
-        about = {
+        about: dict[str, Any] = {
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "model": model.fingerprint(),
         }
+        if ENCODED_BY in manifest.settings and model.pipeline is not None:
+            about[ENCODED_BY] = model.encoder_fingerprints()
         manifest.check({**manifest.settings, **about}, path)
         names = [layer["name"] for layer in manifest.settings["layers"]]
         for here, asked in itertools.zip_longest(names, model.parameters):
