@@ -426,3 +426,13 @@ def test_a_sideways_photograph_is_turned_upright(tmp_path: Path):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     picture.save(path, exif=exif)
     assert open_image(path).size == (4, 8)
+
+
+def test_shared_captions_are_warned_of_once(image_folder: Path, caplog) -> None:
+    change(image_folder, 1, text="a red square")
+    with caplog.at_level(logging.WARNING):
+        data = load(image_folder)
+        for _ in range(3):
+            data.select(data.ids[:2])
+    (record,) = caplog.records
+    assert "1 captions are shared by several examples" in record.getMessage()

@@ -93,14 +93,17 @@ class ImageDataset(Sequence[Example]):
         table: a `datasets.Dataset` with columns `id` (str), `image` (undecoded `datasets.Image`)
             and `captions` (list of str); other columns are metadata.
         name: what the data set is called in messages and manifests.
+        quiet: leaves out warnings, as of a part of a data set that was opened with them.
     """
 
-    def __init__(self, table: datasets.Dataset, name: str) -> None:
+    def __init__(self, table: datasets.Dataset, name: str, quiet: bool = False) -> None:
         self.table = table.cast_column("image", datasets.Image(decode=False))
         self.name = name
         self.ids: list[str] = list(self.table["id"])
         self.captions: list[tuple[str, ...]] = [tuple(c) for c in self.table["captions"]]
         self._validate()
+        if not quiet:
+            self._warn_of_shared_captions()
 
     def _validate(self) -> None:
         if not self.ids:
@@ -114,6 +117,8 @@ class ImageDataset(Sequence[Example]):
                     f"data set {self.name!r}: example {identifier!r} has an empty caption; "
                     "give it a text or remove it"
                 )
+
+    def _warn_of_shared_captions(self) -> None:
         first = Counter(c for captions in self.captions for c in set(captions))
         shared = [c for c, n in first.items() if n > 1]
         if shared:
@@ -150,7 +155,8 @@ class ImageDataset(Sequence[Example]):
         unknown = [i for i in ids if i not in position]
         if unknown:
             raise ValueError(f"data set {self.name!r} has no example {unknown[0]!r}")
-        return ImageDataset(self.table.select([position[i] for i in ids]), self.name)
+        rows = self.table.select([position[i] for i in ids])
+        return ImageDataset(rows, self.name, quiet=True)
 
     def with_further(self, others: Sequence[ImageDataset]) -> ImageDataset:
         """Returns the data set with the examples of others behind its own.

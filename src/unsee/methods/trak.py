@@ -20,7 +20,8 @@ from ..models.kernels import exact_kernels
 from ..query import Query
 from .base import Scores
 from .example_gradients import GradientMatrix
-from .indexed import check_query_draws, query_draws_for, rows_of, with_errors
+from .indexed import check_query_draws, query_draws_for, rows_of
+from .products import with_errors
 
 NAMES: dict[Measure, str] = {"loss": "TRAK", "output_norm": "D-TRAK"}
 

@@ -47,6 +47,9 @@ RISE = 0.25
 """How far to unlearn where nothing else is asked for: it predicts retraining better than 5%
 (docs/benchmark.md)."""
 
+GRADIENT_PASSES = 64
+"""Draws of the query at once, at most, where there is a backward pass, which takes more memory."""
+
 FLOOR_SHARE, FEWEST, MOST = 0.025, 8, 64
 """Of the scored examples: the sample that the noise floor is measured on, and its bounds."""
 
@@ -153,7 +156,7 @@ class ForwardAbU:
         """Finds weights that raise the query's loss; the model itself is left as it is."""
         model = self.model
         weights: Weights = {n: wide(p.detach()).clone() for n, p in model.parameters.items()}
-        before = query_loss(model, query, self.query_draws)
+        before = query_loss(model, query, self.query_draws, self.batch_size)
         if not np.isfinite(before):
             raise ValueError(
                 f"the loss of the query {query.id!r} is {before}: check the model with "
@@ -165,7 +168,8 @@ class ForwardAbU:
             # rise on the draws of the first.
             draws = dataclasses.replace(self.query_draws, seed=self.query_draws.seed + 7919 * step)
             with model.replaced(weights):
-                gradient = query_gradient(model, query, draws)
+                at_once = min(GRADIENT_PASSES, self.batch_size)
+                gradient = query_gradient(model, query, draws, at_once)
                 direction = self.curvature.precondition(gradient, self.damping)
                 if self.step_size is not None:
                     size = self.step_size
@@ -174,7 +178,7 @@ class ForwardAbU:
                     size = self._find_size(query, weights, gradient, direction, after, target)
                 weights = {n: w + size * direction[n] for n, w in weights.items()}
                 with model.replaced(weights):
-                    after = query_loss(model, query, self.query_draws)
+                    after = query_loss(model, query, self.query_draws, self.batch_size)
             sizes.append(size)
         if not np.isfinite(after):
             raise ValueError(
@@ -200,7 +204,7 @@ class ForwardAbU:
             nonlocal nearest
             moved = {n: w + size * direction[n] for n, w in weights.items()}
             with self.model.replaced(moved):
-                value = query_loss(self.model, query, self.query_draws)
+                value = query_loss(self.model, query, self.query_draws, self.batch_size)
             if abs(value - target) < abs(nearest - target):
                 nearest = value
             return value
