@@ -35,7 +35,7 @@ from unsee.query import Query
 TIMESTEPS, MICROBATCH = 20, 80
 """Of the published evaluation, and draws of the gradient at once."""
 
-SIZES = (16, 64, 256, 1024, 4096)
+SIZES = (16, 64, 256, 1024)
 """Draws of a query that are tried."""
 
 ROUNDS = 5
