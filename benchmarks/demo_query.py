@@ -3,8 +3,7 @@ extrapolated: python benchmarks/demo_query.py
 
 The model that ships with the package, its real 1,898 pictures, and pictures that it generates. The
 published work: 50,000 gradients of the query, then a forward pass of every picture and its mirror
-image at 20 timesteps. Both are run whole, in one process on all threads: about ten minutes on two
-cores, and two for the index.
+image at 20 timesteps. Both are run whole, in one process on all threads.
 """
 
 from __future__ import annotations
