@@ -34,7 +34,7 @@ from unsee.query import Query
 TIMESTEPS, MICROBATCH = 20, 80
 """Of the published evaluation, and draws of the gradient at once."""
 
-SIZES = (16, 64, 256, 1024)
+SIZES = (16, 64, 256, 1000)
 """Draws of a query that are tried."""
 
 ROUNDS = 5
@@ -67,7 +67,8 @@ def seconds_of(index: Index, query: Query, n: int) -> float:
 def published(model: Denoiser, data: Any, query: Query) -> dict[str, float]:
     """Returns the seconds of the published work for one query, by stage."""
     started = time.perf_counter()
-    query_gradient(model, query, Draws(1, COCO_GRADIENT_DRAWS), MICROBATCH)
+    for step in range(COCO_GRADIENT_DRAWS // MICROBATCH):
+        query_gradient(model, query, Draws(step, MICROBATCH), MICROBATCH)
     gradient = time.perf_counter() - started
     rows = range(len(data.ids))
     started = time.perf_counter()
