@@ -54,7 +54,7 @@ def encoder_fingerprints(pipeline: Any, resolution: tuple[int, int]) -> dict[str
 
 
 def _of_tokenizer(tokenizer: Any) -> list[Any]:
-    ids = list(tokenizer(PROBE).input_ids)
+    ids = list(tokenizer(PROBE, truncation=True).input_ids)  # or it warns of its length
     return [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length,
             tokenizer.pad_token_id, ids]  # fmt: skip
 
