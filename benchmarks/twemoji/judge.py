@@ -69,7 +69,8 @@ def judged(benchmark: Benchmark, methods: dict[str, np.ndarray], reference: str)
         if have.sum() < FEWEST_QUERIES:  # it is still being scored
             continue
         row = {"method": family(name), "chosen": name, "queries": int(have.sum()),
-               "subsets": len(masks), "tuned_lds": value}  # fmt: skip
+               "subsets": len(masks),
+               "tuned_lds": None if np.isnan(value) else value}  # fmt: skip
         estimate = lds_interval(scores[have], masks, losses[:, have])
         row["lds"] = [estimate.value, estimate.low, estimate.high]
         for kind, chosen in (("lds_member", have & kinds), ("lds_new", have & ~kinds)):
@@ -121,7 +122,7 @@ def main() -> None:
         r = noise_ceiling(outcomes.first, outcomes.second)
         about["seed_correlation"] = float(r.mean())
         about["subsets_twice"] = len(outcomes.first)
-    text = json.dumps({**about, "rows": rows}, indent=1) + "\n"
+    text = json.dumps({**about, "rows": rows}, indent=1, allow_nan=False) + "\n"
     (arguments.out / "results.json").write_text(text, encoding="utf-8")
     print(about)
     if unfinished:
