@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import unsee
 from unsee import Denoiser, encode_dataset, load_dataset
 from unsee.evaluation.twemoji import Benchmark
 
@@ -128,6 +129,14 @@ def test_trains_measures_and_resumes(
     text = run(leave_out, monkeypatch, capsys, tmp_path, *options)
     assert text.startswith("7 models are measured, 0 are to train")
     assert len(trained) == 6
+
+    run(leave_out, monkeypatch, capsys, tmp_path, *options[:-1], "3")
+    about = pq.read_schema(tmp_path / "left_out.parquet").metadata
+    assert about[b"unsee"].decode() == unsee.__version__
+    made_by = "python benchmarks/twemoji/leave_out.py WORK --methods one two --k 3 --queries 2"
+    assert about[b"commands"].decode().splitlines() == [
+        f"{made_by} --random 2", f"{made_by} --random 3",
+    ]  # fmt: skip
 
 
 def test_a_training_that_fails_does_not_stop_the_others(

@@ -70,10 +70,19 @@ def _read(work: Path) -> dict[str, Fitted] | None:
     return {name: KINDS[name].load(path) for name, path in paths.items()}
 
 
-def averaged(benchmark: Benchmark, gradients: GradientMatrix) -> tuple[KFAC, EKFAC]:
-    """Fits K-FAC and EK-FAC from averaged gradients; see `curvatures`."""
+def averaged(
+    benchmark: Benchmark, gradients: GradientMatrix, centred: bool = True
+) -> tuple[KFAC, EKFAC]:
+    """Fits K-FAC and EK-FAC from averaged gradients; see `curvatures`.
+
+    Args:
+        benchmark: its members are what is fitted on.
+        gradients: of all examples, averaged over draws, K and V only.
+        centred: whether the inputs of keys are, see `kronecker_covariances`.
+    """
     rows = torch.from_numpy(np.flatnonzero(benchmark.members))
-    covariances = _covariances(benchmark, _narrow(benchmark, gradients), "averaged")
+    model = _narrow(benchmark, gradients)
+    covariances = _covariances(benchmark, model, "averaged", centred=centred)
     parts = ({n: gradients.of(n)[rows]} for n in gradients.names)
     return KFAC.fit(covariances), EKFAC.fit(covariances, parts)
 
@@ -126,9 +135,13 @@ def _keep(found: dict, work: Path) -> None:
 
 
 def _covariances(
-    benchmark: Benchmark, model: UNetDenoiser, kind: GradientKind, functionals: bool = False
+    benchmark: Benchmark,
+    model: UNetDenoiser,
+    kind: GradientKind,
+    functionals: bool = False,
+    centred: bool = True,
 ) -> KroneckerCovariances:
-    keys = [n for n in model.parameters if "to_k" in n]
+    keys = [n for n in model.parameters if centred and "to_k" in n]
     batches = _batches(benchmark, model, averaged=kind == "averaged", functionals=functionals)
     with model.gradients_on():
         return kronecker_covariances(

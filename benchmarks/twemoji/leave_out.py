@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shlex
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import cache
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from judge import stored
-from measure import DRAWS, network
+from measure import DRAWS, network, origin
 from tqdm.auto import tqdm
 from train import train_one
 
@@ -119,6 +120,21 @@ def train_and_measure(removal: Removal, k: int, work: Path, count: int) -> list[
     return rows
 
 
+def earlier_commands(out: Path) -> list[str]:
+    """Returns the commands that made the rows that are there."""
+    if not out.is_file():
+        return []
+    return pq.read_schema(out).metadata.get(b"commands", b"").decode().splitlines()
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """Returns how these removals are made again, wherever the folder is."""
+    words = ["python", "benchmarks/twemoji/leave_out.py", "WORK", "--methods", *arguments.methods,
+             "--k", *arguments.k, "--queries", str(arguments.queries),
+             "--random", str(arguments.random)]  # fmt: skip
+    return shlex.join(words + ["--together"] * arguments.together)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="the folder that train.py and score.py filled")
@@ -137,8 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     work, out = arguments.work, arguments.out
     benchmark = benchmark_of(work)
-    metadata = {"examples": fingerprint_of(benchmark.data.ids), "torch": torch.__version__,
-                "draws": repr(DRAWS)}  # fmt: skip
+    metadata = origin(benchmark, *earlier_commands(out), command(arguments))
     rows: list[Row] = pq.read_table(out).to_pylist() if out.is_file() else []
     done = {(r["k"], r["run"]) for r in rows}
     todo = []

@@ -21,11 +21,12 @@ from recipe import RECIPE
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+import unsee
 from unsee import load_dataset
 from unsee.draws import Draws
 from unsee.evaluation.benchmark import Run, fingerprint_of, members_and_decoys, plan
 from unsee.evaluation.deviation import ssim
-from unsee.evaluation.twemoji import build_model, load_benchmark, shipped
+from unsee.evaluation.twemoji import Benchmark, build_model, load_benchmark, shipped
 from unsee.files import write_atomically
 from unsee.models.unet import UNetDenoiser
 from unsee.training.text_to_image import build_scheduler, build_unet
@@ -93,7 +94,7 @@ def sheet(images: list[Image.Image], columns: int = 10) -> Image.Image:
     return page
 
 
-def measure(run: Run, work: Path, out: Path, benchmark) -> tuple[list[dict], list[dict]]:
+def measure(run: Run, work: Path, out: Path, benchmark: Benchmark) -> tuple[list[dict], list[dict]]:
     """Returns the outcomes and deviations of one run, and writes its sheet of pictures."""
     model, queries = benchmark.model, benchmark.queries
     model.network.load_state_dict(network(work / run.name / "unet.safetensors").state_dict())
@@ -119,6 +120,15 @@ def measure(run: Run, work: Path, out: Path, benchmark) -> tuple[list[dict], lis
     return losses, deviations
 
 
+def origin(benchmark: Benchmark, *commands: str) -> dict[str, str]:
+    """Returns what made a table of outcomes, for its metadata; seeds are in its rows."""
+    return {
+        "examples": fingerprint_of(benchmark.data.ids), "draws": repr(DRAWS),
+        "commands": "\n".join(dict.fromkeys(commands)), "unsee": unsee.__version__,
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="the folder that train.py filled")
@@ -130,8 +140,7 @@ def main() -> None:
     if not (out / "queries.json").is_file():
         make_queries(work, out)
     benchmark = load_benchmark(work / "encoded", "all", out)
-    metadata = {"examples": fingerprint_of(benchmark.data.ids), "torch": torch.__version__,
-                "draws": repr(DRAWS)}  # fmt: skip
+    metadata = origin(benchmark, "python benchmarks/twemoji/measure.py WORK")
     names = "outcomes", "deviations"
     rows = {n: pq.read_table(out / f"{n}.parquet").to_pylist()
             if (out / f"{n}.parquet").is_file() else [] for n in names}  # fmt: skip

@@ -74,6 +74,14 @@ def influence(benchmark: Benchmark, work: Path) -> Scored:
     yield from damped("influence", examples, queries, curvatures(benchmark, work, examples))
 
 
+def uncentred(benchmark: Benchmark, work: Path) -> Scored:
+    """Influence functions whose factors do not know that softmax ignores what all keys share."""
+    examples, queries = keys_and_values(benchmark, work, "loss")
+    kfac, ekfac = averaged(benchmark, examples, centred=False)
+    found = {"K-FAC averaged": kfac, "EK-FAC averaged": ekfac}
+    yield from damped("influence, keys not centred", examples, queries, found)
+
+
 def gauss_newtons(benchmark: Benchmark, work: Path) -> Scored:
     """Gradients of the loss, and of the output's norm, under the Gauss-Newton matrix; and the
     second-order term, of which the same sampled gradients are an estimate."""
@@ -308,6 +316,7 @@ def main() -> None:
     families = {
         "similarity": lambda: similarities(benchmark),
         "influence": lambda: influence(benchmark, work),
+        "uncentred": lambda: uncentred(benchmark, work),
         "gauss-newton": lambda: gauss_newtons(benchmark, work),
         "renormalised": lambda: renormalised(benchmark, work),
         "trak": lambda: kernels(benchmark, work, "loss"),
