@@ -22,6 +22,7 @@ from gradients import EXAMPLE_DRAWS, QUERY_DRAWS
 from mucs import LEAST_NOISE, SELECTION
 from recipe import BATCH, optimization
 
+from unsee.curvature.diagonal import DiagonalFisher
 from unsee.curvature.kfac import EKFAC, kronecker_covariances
 from unsee.data.batches import gather
 from unsee.data.latents import EncodedDataset
@@ -141,17 +142,26 @@ class Costs:
         return EKFAC.fit(covariances, [{n: gradients.of(n) for n in gradients.names}])
 
     def unlearning(self) -> None:
-        """Real unlearning by 5% along the published curvature; every example is evaluated again."""
-        once, fisher = timed(lambda: fit_diagonal_fisher(self.model, self.data, Draws(21, 2)))
-        method = ForwardAbU(self.model, self.data, fisher, draws=Draws(0, FORWARD_DRAWS),
-                            query_draws=Draws(1, 128))  # fmt: skip
-        before, losses = timed(lambda: method.losses(range(len(self.data.ids))))
+        """Real unlearning, as published and as we would; every example is evaluated again."""
+        self._unlearn(
+            "AbU as published, real unlearning by 5%", 0.05,
+            partial(fit_diagonal_fisher, self.model, self.data, Draws(21, 2)),
+        )  # fmt: skip
+        self._unlearn("AbU, real unlearning by 25%, EK-FAC", 0.25, self._ekfac)
+
+    def _unlearn(self, name: str, rise: float, fit: Callable[[], DiagonalFisher | EKFAC]) -> None:
+        fitted, curvature = timed(fit)
+        method = ForwardAbU(
+            self.model, self.data, curvature, rise=rise, draws=Draws(0, FORWARD_DRAWS),
+            query_draws=Draws(1, 128),
+        )  # fmt: skip
+        evaluated, before = timed(lambda: method.losses(range(len(self.data.ids))))
         unlearn, unlearned = timed(lambda: method.unlearn(self.query))
         each = timed(
-            lambda: method.attribute(self.query, unlearned=unlearned, before=losses)
+            lambda: method.attribute(self.query, unlearned=unlearned, before=before)
         )[0]  # fmt: skip
-        once = (once + before) * self.share
-        self.add("AbU, real unlearning", once, each * self.share + unlearn)
+        once = (fitted + evaluated) * self.share
+        self.add(name, once, each * self.share + unlearn)
 
     def mucs(self) -> None:
         """MUCS with its own selection of weights."""
