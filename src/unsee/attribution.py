@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from .curvature.diagonal import DiagonalFisher
 from .data.dataset import ImageDataset, OnError
@@ -21,6 +19,7 @@ from .index.fisher import fit_diagonal_fisher
 from .methods.base import Scores
 from .methods.unlearning import RISE, ForwardAbU
 from .models.base import Denoiser
+from .progress import tracked
 from .query import Query
 from .report import write_report
 
@@ -85,10 +84,7 @@ def prepare(
     if path.is_file():
         fisher = DiagonalFisher.load(path)
     else:
-
-        def bar(batches: Sequence) -> Iterable:
-            return tqdm(batches, desc="fisher", unit="batch", disable=None, file=sys.stderr)
-
+        bar = partial(tracked, what="fisher", unit="batch")
         fisher = fit_diagonal_fisher(model, sample, draws, fisher_batch, progress=bar)
         fisher.save(path)
     seconds = {

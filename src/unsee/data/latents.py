@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from PIL import ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..files import write_atomically
+from ..progress import Progress
 from .dataset import ImageDataset, OnError
 
 if TYPE_CHECKING:
@@ -144,8 +143,7 @@ def encode_dataset(
     """
     distinct = list(dict.fromkeys(c for captions in data.captions for c in captions))
     row_of = {caption: row for row, caption in enumerate(distinct)}
-    bar = tqdm(total=len(data), desc="encode", unit="image",
-               disable=None if progress else True, file=sys.stderr)  # fmt: skip
+    bar = Progress(len(data), "encode", "image", shown=progress)
     ids: list[str] = []
     latents, flipped, captions = [], [], []
     about = f"{data.fingerprint} {_encoder_key(model)} {flips} {batch_size}"
@@ -153,12 +151,12 @@ def encode_dataset(
     for first in range(0, len(data), batch_size):
         positions = range(first, min(first + batch_size, len(data)))
         path = cache / f"latents-{key}" / f"{first:08d}.safetensors" if cache else None
-        kept, shard = _encode_shard(model, data, positions, flips, on_error, path)
+        kept, shard, fresh = _encode_shard(model, data, positions, flips, on_error, path)
         ids += [data.ids[p] for p in kept]
         captions += [[row_of[c] for c in data.captions[p]] for p in kept]
         latents.append(shard["latents"])
         flipped += [shard["flipped"]] if flips else []
-        bar.update(len(positions))
+        (bar.update if fresh else bar.skip)(len(positions))
     bar.close()
     if not ids:
         raise ValueError(f"data set {data.name!r}: none of its {len(data)} pictures can be read")
@@ -190,13 +188,14 @@ def _encode_shard(
     flips: bool,
     on_error: OnError,
     path: Path | None,
-) -> tuple[list[int], dict[str, Tensor]]:
+) -> tuple[list[int], dict[str, Tensor], bool]:
+    """Returns kept positions, tensors, and whether they were made now."""
     stamp = json.dumps([data.stamp(position) for position in positions])
     found = _load_shard(path, stamp) if path is not None and path.is_file() else None
     if found is not None and (on_error == "skip" or len(found[0]) == len(positions)):
         for position in sorted(set(positions) - set(found[0])):
             logger.warning("skipped, as before: %s of %s", data.ids[position], data.name)
-        return found
+        return *found, False
     kept, pictures = [], []
     for position in positions:
         try:
@@ -218,7 +217,7 @@ def _encode_shard(
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"kept": json.dumps(kept), "stamp": stamp}
         write_atomically(path, lambda temporary: save_file(shard, temporary, metadata=about))
-    return kept, shard
+    return kept, shard, True
 
 
 def _load_shard(path: Path, stamp: str) -> tuple[list[int], dict[str, Tensor]] | None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import __version__
 from ..data.batches import gather
@@ -21,6 +19,7 @@ from ..data.latents import EncodedDataset
 from ..draws import Draws, random_functionals
 from ..models.base import Denoiser
 from ..models.kernels import exact_kernels
+from ..progress import Progress
 from .components import DIFFERENCE_WEIGHT, decompose
 from .examples import Indexed, encode_shard, pack_examples, unpack_examples
 from .factors import Layer, Measure, Storage, example_factors, text_layers
@@ -240,12 +239,13 @@ def fill(
     todo = [s for s in manifest.shards if s.part == part]
     # Its places and signs take five bytes a weight: only where rows are to be made.
     sketcher = functools.cache(lambda: Sketcher(model, Sketch.of(manifest.settings["sketch"])))
-    bar = tqdm(total=sum(s.last - s.first for s in todo), desc="index", unit="example",
-               disable=None, file=sys.stderr)  # fmt: skip
+    bar = Progress(sum(s.last - s.first for s in todo), "index", "example")
     for shard in todo:
+        columns = manifest.settings["columns"]
+        done = all(shard_path(path, c, shard).is_file() for c in columns)
         _make_examples(path, manifest, model, data, shard, on_error)
         _fill_shard(path, manifest, model, data, shard, batch_size, encoders, sketcher)
-        bar.update(shard.last - shard.first)
+        (bar.skip if done else bar.update)(shard.last - shard.first)
     bar.close()
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..curvature.diagonal import DiagonalFisher
 from ..curvature.kfac import EKFAC, KFAC, KroneckerCovariances
@@ -19,6 +18,7 @@ from ..data.latents import EncodedDataset
 from ..draws import Draws, stable_seed
 from ..gradients import Gradients
 from ..models.base import Denoiser
+from ..progress import tracked
 from .components import Components, token_factors
 from .factors import Layer, Quantised, dequantise
 from .fisher import fit_diagonal_fisher
@@ -228,9 +228,6 @@ def _per_draw(index: Index, sample: Sample) -> DiagonalFisher:
     draws = dataclasses.replace(
         PER_DRAW, num_train_timesteps=length, timesteps=index.draws.timesteps
     )
-
-    def bar(batches: Sequence) -> Iterable:
-        return tqdm(batches, desc="fisher", unit="batch", disable=None, file=sys.stderr)
-
+    bar = partial(tracked, what="fisher", unit="batch")
     fitted = fit_diagonal_fisher(index.model, data, draws, progress=bar)
     return dataclasses.replace(fitted, settings={**fitted.settings, "ids": sample.about["ids"]})

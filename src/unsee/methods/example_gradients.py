@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.batches import gather
 from ..data.latents import EncodedExamples
@@ -18,6 +16,7 @@ from ..draws import DrawSource, random_functionals, stable_seed
 from ..files import settings_key, write_atomically
 from ..index.factors import Measure, gauss_newton, mean_square
 from ..models.base import Denoiser
+from ..progress import Progress
 from ..query import Query
 from .forward import load_array, save_array
 
@@ -140,13 +139,12 @@ def example_gradients(
     folder = cache / f"gradients-{measure}-{settings_key(settings)}" if cache else None
     starts = range(0, len(data.ids), shard_size)
     shards = []
-    bar = tqdm(total=len(data.ids), desc=f"gradients ({measure})", unit="example", disable=None,
-               file=sys.stderr)  # fmt: skip
+    bar = Progress(len(data.ids), f"gradients ({measure})", "example")
     for number, first in enumerate(starts):
         rows = range(first, min(first + shard_size, len(data.ids)))
         path = folder / f"{number:05d}-of-{len(starts):05d}.npy" if folder else None
         if path is not None and path.is_file():
-            bar.update(len(rows))
+            bar.skip(len(rows))
             shards.append(load_array(path, (len(rows), width), mapped=True))
             continue
         shard = np.empty((len(rows), width), dtype=np.float32)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..data.batches import gather
 from ..data.latents import EncodedExamples
 from ..draws import DrawSource
 from ..files import write_atomically
 from ..models.base import Denoiser
+from ..progress import Progress
 
 
 @torch.no_grad()
@@ -53,14 +52,13 @@ def forward_losses(
     views = [False, True] if flips else [False]
     shards = [list(rows[i : i + shard_size]) for i in range(0, len(rows), shard_size)]
     passes = sum(data.caption_counts[r] for r in rows) * len(views) * draws.n
-    bar = tqdm(total=passes, desc=description, unit="pass", unit_scale=True, disable=None,
-               file=sys.stderr)  # fmt: skip
+    bar = Progress(passes, description, "draw", unit_scale=True)
     parts = []
     for number, shard in enumerate(shards):
         path = cache / f"{number:05d}-of-{len(shards):05d}.npy" if cache else None
         if path is not None and path.is_file():
             part = load_array(path, (len(shard), len(views), draws.n))
-            bar.update(sum(data.caption_counts[r] for r in shard) * len(views) * draws.n)
+            bar.skip(sum(data.caption_counts[r] for r in shard) * len(views) * draws.n)
         else:
             part = np.zeros((len(shard), len(views), draws.n))
             for v, flipped in enumerate(views):
@@ -102,7 +100,7 @@ def _view_losses(
     rows: Sequence[int],
     flipped: bool,
     batch_size: int,
-    bar: tqdm,
+    bar: Progress,
 ) -> np.ndarray:
     """Returns [len(rows), draws] float64, averaged over captions."""
     jobs = [(place, r, c) for place, r in enumerate(rows) for c in range(data.caption_counts[r])]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from diffusers import DDPMScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..curvature.diagonal import DiagonalFisher
 from ..data.published import (
@@ -36,6 +34,7 @@ from ..draws import stable_seed
 from ..files import write_atomically
 from ..gradients import Gradients, mean_gradient
 from ..models.unet import UNetDenoiser
+from ..progress import Progress
 
 CHECKPOINT_SECONDS = 60.0
 """A killed unlearning loses this much at most, and the micro-batch that it was at."""
@@ -249,10 +248,9 @@ def unlearn(
         at = _Progress.load(checkpoint, model.device)
     else:
         at = _Progress({n: p.detach().clone() for n, p in model.parameters.items()}, {})
-    bar = tqdm(
-        total=config.steps * config.grad_accum * config.unlearn_batch,
-        initial=(at.step * config.grad_accum + at.done) * config.unlearn_batch,
-        desc="unlearn", unit="pass", unit_scale=True, disable=None, file=sys.stderr,
+    bar = Progress(
+        config.steps * config.grad_accum * config.unlearn_batch, "unlearn", "draw",
+        done=(at.step * config.grad_accum + at.done) * config.unlearn_batch, unit_scale=True,
     )  # fmt: skip
     saved = time.monotonic()
     while at.step < config.steps:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..draws import stable_seed
 from ..files import write_atomically
+from ..progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +195,7 @@ def _take_steps(
     optimization, name = run.optimization, checkpoint.parent.name
     smooth: float | None = None
     saved = time.monotonic()
-    with tqdm(total=optimization.steps, initial=run.step, desc=name, unit="step",
-              disable=None, file=sys.stderr) as bar:  # fmt: skip
+    with Progress(optimization.steps, name, "step", done=run.step) as bar:
         while run.step < optimization.steps:
             seed = stable_seed(optimization.seed, "step", run.step)
             loss = loss_of(order.batch(run.step), torch.Generator().manual_seed(seed))
@@ -207,10 +205,7 @@ def _take_steps(
             if run.step in optimization.snapshots:  # before the checkpoint that is past it
                 run.save_average(snapshot_path(checkpoint.parent, run.step))
             if run.step % 20 == 0:
-                bar.set_postfix(loss=f"{smooth:.4f}")
-            if run.step % 500 == 0 and bar.disable:
-                done, total = run.step, optimization.steps
-                logger.info("%s: step %d of %d, loss %.4f", name, done, total, smooth)
+                bar.remark(f"loss={smooth:.4f}")
             due = time.monotonic() - saved > optimization.checkpoint_seconds
             if due or run.step == optimization.steps:
                 run.save(checkpoint, settings)
