@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.models.test_unet import build
 from unsee.data.dataset import load_dataset
+from unsee.models import unet as unet_module
 from unsee.models.base import Denoiser
 from unsee.models.unet import UNetDenoiser
 
@@ -181,6 +182,19 @@ def test_latents_are_the_scaled_mode(tiny_model, pictures):
     assert found.dtype == torch.float32 and found.shape == (1, 4, 8, 8)
     # pixels are scaled in one operation here, in two there: 1e-7 on the way in
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_large_pictures_are_encoded_a_few_at_a_time(tiny_model, pictures, monkeypatch):
+    whole = tiny_model.encode_images(pictures[:5])
+    vae, sizes = tiny_model.pipeline.vae, []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(unet_module, "PIXELS_AT_ONCE", 2 * 64 * 64 + 1)
+    # convolutions of other batch sizes round otherwise
+    torch.testing.assert_close(tiny_model.encode_images(pictures[:5]), whole, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(unet_module, "PIXELS_AT_ONCE", 1)
+    tiny_model.encode_images(pictures[:2])
+    assert sizes == [2, 2, 1, 1, 1]
 
 
 def test_a_shift_is_subtracted_before_scaling(tiny_model, pictures):

@@ -20,6 +20,10 @@ from .base import Denoiser
 
 logger = logging.getLogger(__name__)
 
+PIXELS_AT_ONCE = 2**20
+"""That an autoencoder encodes: four pictures of 512 by 512, whose activations at full resolution
+are half a gigabyte a layer in Stable Diffusion."""
+
 PRESETS: dict[str, tuple[str, ...]] = {
     # A bias of a key projection has no gradient: softmax ignores what is added to all keys.
     "cross-attn-kv": ("*attn2.to_k.weight", "*attn2.to_v.weight"),
@@ -137,13 +141,17 @@ class UNetDenoiser(Denoiser):
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """See `Denoiser.encode_images`. Pictures are cropped (`crop_box`) and resized."""
         vae = self._pipeline().vae
-        pixels = torch.stack(
-            [_pixels(image.crop(self.crop_box(image.size)), self.resolution) for image in images]
-        )
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        latents = (posterior.mode() - shift) * vae.config.scaling_factor
-        return latents.float().cpu()
+        width, height = self.resolution
+        count = max(1, PIXELS_AT_ONCE // (width * height))
+        parts = []
+        for first in range(0, len(images), count):
+            some = [im.crop(self.crop_box(im.size)) for im in images[first : first + count]]
+            pixels = torch.stack([_pixels(image, self.resolution) for image in some])
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            latents = (posterior.mode() - shift) * vae.config.scaling_factor
+            parts.append(latents.float().cpu())
+        return torch.cat(parts)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
