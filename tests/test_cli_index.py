@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -12,14 +13,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.conftest import write_image_folder
 from tests.index.test_features import save_vision
 from unsee.cli import main
 from unsee.cli_index import print_top
 from unsee.data.dataset import load_dataset
+from unsee.index.layout import read_manifest, write_manifest
 from unsee.methods.base import Scores
-from unsee.runs import Source
+from unsee.methods.combine import combine
+from unsee.runs import Source, read_source
 
 COLUMNS = ("examples", "loss", "factors", "outputs")
 ASKED = ["--prompt", "a red square", "--seed", "0", "--sampler-steps", "2"]
@@ -236,6 +240,81 @@ def test_columns_and_curvature_are_chosen_when_asking(built: Run, tmp_path: Path
     assert settings["columns"] == ["factors"] and settings["curvature"] == "identity"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "when the picture is unlearned, to first order" in page
+
+
+@pytest.fixture(scope="module")
+def snapshot(built: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of an earlier step, as a training would have kept them."""
+    path = tmp_path_factory.mktemp("training") / "snapshot-000010.safetensors"
+    weights = StableDiffusionPipeline.from_pretrained(built.model).unet.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    noise = {n: 0.1 * torch.randn(w.shape, generator=generator) for n, w in weights.items()}
+    save_file({n: w + noise[n] for n, w in weights.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def earlier(built: Run, snapshot: Path) -> Run:
+    """A run of the same pictures and a snapshot of the model."""
+    run = Run(built.model, built.data, snapshot.parent / "run")
+    assert main([*run.index, "--weights", str(snapshot)]) == 0
+    return run
+
+
+def test_runs_of_snapshots_answer_together(
+    built: Run, earlier: Run, snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert read_source(earlier.path).weights == str(snapshot)
+    query = ["--image", str(built.data / "red-square.png"), "--prompt", "a red square"]
+    about = [*query, "--query-draws", "4", "--device", "cpu", "--out"]
+    found = {}
+    for name, runs in (
+        ("first", [str(built.path)]), ("second", [str(earlier.path)]),
+        ("both", [str(built.path), "--also", str(earlier.path)]),
+    ):  # fmt: skip
+        assert main(["attribute", *runs, *about, str(tmp_path / name)]) == 0
+        found[name] = Scores.load(tmp_path / name / "scores.parquet")
+    parts = [found["first"], found["second"]]
+    assert parts[0].ids != parts[1].ids  # another order: it is another model
+    expected = combine(parts, "scaled")
+    both = found["both"]
+    assert both.method == "AbU, first order" and len(both.settings["parts"]) == 2
+    place = [both.ids.index(i) for i in expected.ids]
+    # stored scores are float32
+    np.testing.assert_allclose(both.values[place], expected.values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(both.errors[place], expected.errors, rtol=1e-5)
+    page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    assert "the mean of 2 scores" in page and "±" in page
+
+
+def test_what_does_not_go_with_further_runs_is_refused(
+    built: Run, earlier: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    refused(capsys, built.attribute(tmp_path / "a", "--also", str(built.data)), "--also", "no run")
+    other = shutil.copytree(earlier.path, tmp_path / "other")
+    manifest = read_manifest(other)
+    assert manifest.settings["encoded_by"]
+    settings = {**manifest.settings, "encoded_by": "another"}
+    write_manifest(other, dataclasses.replace(manifest, settings=settings))
+    refused(capsys, built.attribute(tmp_path / "c", "--also", str(other)), "another autoencoder")
+    also = ["--also", str(earlier.path)]
+    refused(capsys, built.attribute(tmp_path / "b", *also, "--forward"), "leave --also out")
+    code = main(["attribute", str(built.model), str(built.data), *QUERY, *also])
+    refused(capsys, code, "--also is for a run")
+
+
+def test_weights_that_do_not_fit_are_refused(
+    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    index = [*built.index[:4], str(tmp_path / "run"), *BUILD, "--weights"]
+    refused(capsys, main([*index, str(tmp_path / "none.safetensors")]), "cannot be read")
+    (tmp_path / "cut.safetensors").write_bytes(b"short")
+    refused(capsys, main([*index, str(tmp_path / "cut.safetensors")]), "cannot be read")
+    save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    refused(capsys, main([*index, str(tmp_path / "other.safetensors")]), "conv_in.weight of (2, 2)")
+    save_file({"conv.weight": torch.zeros(2, 2)}, tmp_path / "more.safetensors")
+    refused(capsys, main([*index, str(tmp_path / "more.safetensors")]), "has no such weight")
+    assert not (tmp_path / "run").exists()
 
 
 def test_forward_unlearns_and_scores_a_shortlist(built: Run, tmp_path: Path) -> None:

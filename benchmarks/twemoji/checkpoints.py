@@ -3,8 +3,9 @@ benchmarks/twemoji/checkpoints.py WORK
 
 Trains the benchmark's model once more, keeps its averaged weights at a quarter, half and three
 quarters of the steps, and builds an index of each. Writes WORK/scores/METHOD.npy for judge.py: the
-default of AbU at each checkpoint, its mean over all of them and the finished model, and TracIn
-(Pruthi et al., NeurIPS 2020): products of gradients, weighted by the learning rate.
+default of AbU at each checkpoint, its mean over all of them and the finished model, over the one
+halfway and the finished model, and TracIn (Pruthi et al., NeurIPS 2020): products of gradients,
+weighted by the learning rate.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ def main() -> None:
         share = step / how.steps
         np.save(work / "scores" / f"index at {share:.0%} of the training, damping {DAMPING:g}.npy",
                 default)  # fmt: skip
-    name = f"index, {len(parts)} checkpoints, damping {DAMPING:g}"
-    np.save(work / "scores" / f"{name}.npy", np.mean(parts, axis=0))
+    for chosen in (parts, [parts[SHARES.index(0.5)], parts[-1]]):
+        name = f"index, {len(chosen)} checkpoints, damping {DAMPING:g}"
+        np.save(work / "scores" / f"{name}.npy", np.mean(chosen, axis=0))
     np.save(work / "scores" / f"TracIn, {len(parts)} checkpoints.npy", np.sum(products, axis=0))
 
 

@@ -34,6 +34,12 @@ OTHERS = (
     "index of 8 draws, EK-FAC loss + output norm, damping 0.1",
     "index of 8 draws from 0.5 to 1, EK-FAC loss + output norm, damping 0.1",
     "index of 2 draws from 0.75 to 1, EK-FAC loss + output norm, damping 0.1",
+    "index at 25% of the training, damping 0.1",
+    "index at 50% of the training, damping 0.1",
+    "index at 75% of the training, damping 0.1",
+    "index, 2 checkpoints, damping 0.1",
+    "index, 4 checkpoints, damping 0.1",
+    "TracIn, 4 checkpoints",
     "D-TRAK, all parameters, ridge 0.1",
     "D-TRAK without own term, all parameters, ridge 0.1",
     "D-TRAK, sketch of 16384, ridge 0.1",
@@ -52,11 +58,18 @@ FORWARD = ("AbU, EK-FAC averaged, rise 0.05", "AbU, EK-FAC averaged, rise 0.25",
 STEPS = (
     ("AbU, damped Fisher, rise 0.25", "AbU, damped Fisher, rise 0.05"),
     ("AbU, damped Fisher, rise 1", "AbU, damped Fisher, rise 0.25"),
+    ("AbU, EK-FAC averaged, rise 0.05", "AbU, EK-FAC averaged, rise 0.01"),
     ("AbU, EK-FAC averaged, rise 0.25", "AbU, EK-FAC averaged, rise 0.05"),
+    ("AbU, EK-FAC averaged, rise 1", "AbU, EK-FAC averaged, rise 0.25"),
+    ("AbU, ten steps, EK-FAC averaged, rise 0.25", "AbU, EK-FAC averaged, rise 0.25"),
+    ("AbU, damped Fisher, rise 0.05", "AbU, damped Fisher, rise 0.01"),
+    ("AbU, ten steps, damped Fisher, rise 0.25", "AbU, damped Fisher, rise 0.25"),
+    ("AbU, damped Fisher, rise 0.05", "AbU, undamped Fisher, rise 0.05"),
+    ("AbU, damped Fisher, rise 0.25", "AbU, identity, rise 0.25"),
     ("index to second order, EK-FAC loss, damping 0.1, rise 0.1",
      "index, EK-FAC loss, damping 0.1"),
 )  # fmt: skip
-"""Larger steps, and the smaller ones that they are held against."""
+"""Steps that are larger, more or along another curvature, and what they are held against."""
 
 SHORTLIST = 200
 

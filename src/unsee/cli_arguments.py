@@ -50,7 +50,10 @@ def source_of(args: argparse.Namespace) -> Source:
     """Returns MODEL and DATA with their options."""
     from .runs import Source
 
-    return Source(args.model, args.data, args.parameters, args.lora, args.dtype, args.skip_bad)
+    return Source(
+        args.model, args.data, args.parameters, args.lora, args.dtype, args.skip_bad,
+        weights=args.weights,
+    )  # fmt: skip
 
 
 def open_model_and_data(args: argparse.Namespace) -> tuple[Denoiser, ImageDataset]:
@@ -70,6 +73,9 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         help="cross-attn-kv, cross-attn, attn, lora, all, or a pattern",
     )
     command.add_argument("--lora", help="LoRA weights to load on the model: a folder or a hub id")
+    command.add_argument("--weights", metavar="SNAPSHOT",
+                         help="a snapshot of the model's training, in the place of its weights: "
+                         "what `unsee train --snapshots` kept")  # fmt: skip
     command.add_argument("--dtype", default="float32",
                          choices=("float32", "float16", "bfloat16", "float64"))  # fmt: skip
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")

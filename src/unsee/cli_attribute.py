@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 OF_GENERATION = ("guidance", "sampler_steps")
 OF_MODEL_AND_DATA = (
-    "work", "draws", "step_size", "steps", "flips", "batch_size", "parameters", "lora", "dtype",
-    "skip_bad",
+    "work", "draws", "step_size", "steps", "flips", "batch_size", "parameters", "lora",
+    "weights", "dtype", "skip_bad",
 )  # fmt: skip
-OF_RUN = ("method", "curvature", "use_columns", "forward", "shortlist", "ridge", "encoder")
+OF_RUN = ("also", "method", "curvature", "use_columns", "forward", "shortlist", "ridge", "encoder")
 OF_FORWARD = ("rise", "shortlist")
 """Of a run, only where it really unlearns; the rise also where it has probes."""
 OF_METHOD = {
@@ -122,6 +122,8 @@ def _check(args: argparse.Namespace) -> None:
             )
         refuse(OF_MODEL_AND_DATA, "does nothing with a run, which `unsee index` has settled: "
                "leave it out, or give MODEL and DATA")  # fmt: skip
+        for path in args.also or ():
+            _check_further(path, Path(args.model))
         method = args.method or "abu"
         others = [n for names in OF_METHOD.values() for n in names if n not in OF_METHOD[method]]
         refuse(others, f"does nothing with --method {method}: leave it out")
@@ -134,6 +136,9 @@ def _check(args: argparse.Namespace) -> None:
             if not _asks_probes(args):
                 refuse(["rise"], "needs --forward or the column `probes`: the order that the "
                        "first order gives does not depend on the step")  # fmt: skip
+        elif args.also:
+            raise ValueError("--forward re-evaluates the best images of one run, which are others "
+                             "than those of the next: leave --also out")  # fmt: skip
         elif args.curvature == "identity":
             raise ValueError("--curvature identity does not go with --forward: unlearning needs a "
                              "curvature, use ekfac or diagonal_per_draw")  # fmt: skip
@@ -144,6 +149,23 @@ def _check(args: argparse.Namespace) -> None:
         )
     else:
         refuse(OF_RUN, "is for a run: `unsee index` makes one, and `unsee attribute RUN` asks it")
+
+
+def _check_further(path: Path, first: Path) -> None:
+    """Refuses a further run that cannot be asked about the same latents."""
+    from .index.build import ENCODED_BY
+    from .index.layout import read_manifest
+    from .runs import is_run
+
+    if not is_run(path):
+        raise ValueError(f"--also: {str(path)!r} is no run that `unsee index` made")
+    if read_manifest(path).settings.get(ENCODED_BY) != read_manifest(first).settings.get(
+        ENCODED_BY
+    ):
+        raise ValueError(
+            f"--also: run {str(path)!r} has another autoencoder or text encoder than {str(first)!r}"
+            ": a query of one means nothing to the other; ask them one by one"
+        )
 
 
 def _asks_probes(args: argparse.Namespace) -> bool:
@@ -171,6 +193,7 @@ def _from_model(args: argparse.Namespace) -> tuple:
 
 
 def _from_run(args: argparse.Namespace) -> tuple:
+    from .methods.combine import combine
     from .report import write_report
     from .runs import open_run
 
@@ -178,7 +201,14 @@ def _from_run(args: argparse.Namespace) -> tuple:
     quiet_loading()
     index, data = open_run(Path(args.model), args.device)
     method = _method(args, index)  # before the picture: what does not fit costs no generation
-    scores = method.attribute(_query(args, index.model, opened))
+    query = _query(args, index.model, opened)
+    scores = method.attribute(query)
+    if args.also:
+        parts = [scores]
+        for path in args.also:  # one model at a time in memory
+            other, _ = open_run(path, args.device)
+            parts.append(_method(args, other).attribute(query))
+        scores = combine(parts, "scaled")
     return scores, write_report(scores, data, args.out, top=args.top), data
 
 

@@ -95,6 +95,10 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--method", default="abu", choices=("abu", "trak", "d-trak", "similarity"),
                        help="abu needs the columns factors or outputs, trak and d-trak a sketch of "
                        "the loss or the output, similarity features (default: abu)")  # fmt: skip
+    group.add_argument("--also", nargs="+", type=Path, metavar="RUN",
+                       help="further runs of the same data, for instance of snapshots of the "
+                       "training: the mean of all runs' scores, each divided by its standard "
+                       "deviation")  # fmt: skip
     group.add_argument("--curvature", default="ekfac", choices=CURVATURES)
     group.add_argument("--use-columns", nargs="+", metavar="COLUMN",
                        help="factors, outputs, probes (default: what the run has)")  # fmt: skip

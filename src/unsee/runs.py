@@ -45,6 +45,7 @@ class Source:
         skip_bad: whether pictures that cannot be read were left out.
         further: data sets that were appended, in words as `data`.
         further_skip_bad: those of them whose pictures that cannot be read were left out.
+        weights: a snapshot of the training, in the place of the network's weights, if any.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Source:
     skip_bad: bool = False
     further: tuple[str, ...] = ()
     further_skip_bad: tuple[str, ...] = ()
+    weights: str | None = None
 
     def absolute(self) -> Source:
         """Returns the source with folders that are found again from any other one.
@@ -69,6 +71,7 @@ class Source:
         return dataclasses.replace(
             self, model=found(self.model), data=found(self.data),
             lora=found(self.lora) if self.lora else self.lora,
+            weights=found(self.weights) if self.weights else self.weights,
             further=tuple(found(name) for name in self.further),
             further_skip_bad=tuple(found(name) for name in self.further_skip_bad),
         )  # fmt: skip
@@ -134,12 +137,14 @@ def open_model(source: Source, device: str | None = None) -> Denoiser:
     """Opens the model of a source."""
     from .demo import write_demo_model
     from .models.base import Denoiser
-    from .models.loading import load_lora, load_pipeline
+    from .models.loading import load_lora, load_pipeline, load_snapshot
 
     folder = write_demo_model() if source.model == DEMO else source.model
     pipeline = load_pipeline(folder, source.dtype, device)
     if source.lora:
         load_lora(pipeline, source.lora)
+    if source.weights:
+        load_snapshot(pipeline, source.weights)
     return Denoiser.from_pipeline(pipeline, source.parameters)
 
 

@@ -27,13 +27,32 @@ def test_standardised_scores_have_no_unit() -> None:
     assert combined_values([7 * A + 3, 0.01 * B]) == pytest.approx(expected / 2, rel=1e-12)
 
 
+def test_scaled_scores_keep_their_zero() -> None:
+    expected = (A / A.std() + B / B.std()) / 2
+    assert combined_values([7 * A, 0.01 * B], "scaled") == pytest.approx(expected, rel=1e-12)
+
+
+def test_errors_of_a_sum_are_those_of_parts_that_err_alike() -> None:
+    a = Scores(list("wxyz"), A, "one", errors=np.array([0.1, 0.2, 0.3, 0.4]))
+    b = Scores(list("ywzx"), B[[2, 0, 3, 1]], "one", errors=np.array([3.0, 1.0, 4.0, 2.0]))
+    got = combine([a, b], "plain", weights=[3, 1])
+    assert got.method == "one"
+    assert got.errors == pytest.approx([0.325, 0.65, 0.975, 1.3], rel=1e-12)
+    got = combine([a, b], "scaled")
+    expected = [(0.1 * i / A.std() + i / B.std()) / 2 for i in (1, 2, 3, 4)]
+    assert got.errors == pytest.approx(expected, rel=1e-12)
+    assert combine([a, b], "standardised").errors is None
+    assert combine([a, b], "plain", power=2).errors is None
+    assert combine([a, scores(B)], "plain").errors is None
+
+
 def test_ranks_share_ties_and_see_no_size() -> None:
     expected = (rankdata(A) - 1 + rankdata(B) - 1) / (2 * 3)
     assert combined_values([A, B], "ranks") == pytest.approx(expected, rel=1e-12)
     assert combined_values([np.exp(A), B**3], "ranks") == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("how", ["plain", "standardised", "ranks"])
+@pytest.mark.parametrize("how", ["plain", "scaled", "standardised", "ranks"])
 def test_queries_are_combined_one_by_one(how) -> None:
     both = combined_values([np.stack([A, B], 1), np.stack([B, A], 1)], how)
     assert both[:, 0] == pytest.approx(combined_values([A, B], how), rel=1e-12)

@@ -20,9 +20,9 @@ from unsee.draws import Draws
 from unsee.index.fisher import fit_diagonal_fisher
 from unsee.methods.unlearning import ForwardAbU
 from unsee.models.base import Denoiser
-from unsee.models.loading import load_lora
+from unsee.models.loading import load_lora, load_snapshot
 from unsee.training.commands import lora, training_loss
-from unsee.training.loop import Optimization
+from unsee.training.loop import Optimization, snapshot_path
 from unsee.training.lora import train_lora
 
 from .conftest import make_data
@@ -241,3 +241,20 @@ def test_the_record_holds_the_loss_with_the_adapter(
     assert all(name.endswith("base_layer.weight") for name in adapted.parameters)
     assert recorded == pytest.approx(training_loss(adapted, encoded), rel=1e-6)
     assert recorded < base
+
+
+def test_a_snapshot_takes_the_place_of_the_adapter(
+    tiny_pipeline: StableDiffusionPipeline, image_folder: Path, tmp_path: Path
+) -> None:
+    data = load_dataset("imagefolder", data_dir=image_folder)
+    steps = OPTIMIZATION.steps
+    asked = dataclasses.replace(OPTIMIZATION, snapshots=(1, steps))
+    lora(tiny_pipeline, data, tmp_path / "run", asked, rank=2)
+    load_lora(tiny_pipeline, tmp_path / "run")
+    final = {n: p.clone() for n, p in tiny_pipeline.unet.named_parameters() if "lora_" in n}
+    load_snapshot(tiny_pipeline, snapshot_path(tmp_path / "run", 1))
+    first = {n: p.clone() for n, p in tiny_pipeline.unet.named_parameters() if "lora_" in n}
+    assert not all(torch.equal(first[n], final[n]) for n in final)
+    load_snapshot(tiny_pipeline, snapshot_path(tmp_path / "run", steps))
+    for name, parameter in tiny_pipeline.unet.named_parameters():
+        assert "lora_" not in name or torch.equal(parameter, final[name])

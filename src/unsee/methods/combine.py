@@ -9,13 +9,13 @@ import numpy as np
 
 from .base import Scores
 
-How = Literal["plain", "standardised", "ranks"]
+How = Literal["plain", "scaled", "standardised", "ranks"]
 """What is added up.
 
-`plain`: the scores themselves, for parts of one unit (checkpoints of one method, a caption and the
-empty caption). `standardised`: less their mean over the examples and divided by their standard
-deviation, for parts of different units. `ranks`: average ranks from 0 to 1, where a few large
-scores must not lead.
+`plain`: the scores themselves, for parts of one unit (a caption and the empty caption). `scaled`:
+divided by their standard deviation over the examples, for parts of different units or size
+(checkpoints). `standardised`: less their mean before that. `ranks`: average ranks from 0 to 1,
+where a few large scores must not lead.
 """
 
 
@@ -35,7 +35,9 @@ def combine(
         power: see `sharpened`; of the parts, before they are added up.
 
     Returns:
-        Scores in the order of the first part. `settings` holds those of every part.
+        Scores in the order of the first part. `settings` holds those of every part. Plain and
+        scaled sums have standard errors where all parts have them: the mean of the parts', which
+        is an upper bound, as parts may share their draws.
 
     Raises:
         ValueError: no part, other examples in one of them than in the first, or see
@@ -44,7 +46,8 @@ def combine(
     if not parts:
         raise ValueError("combine: there are no scores")
     first = parts[0]
-    rows = []
+    rows: list[np.ndarray] = []
+    errors: list[np.ndarray | None] = []
     for part in parts:
         place = {example: row for row, example in enumerate(part.ids)}
         if place.keys() != set(first.ids) or len(part) != len(first):
@@ -52,16 +55,35 @@ def combine(
                 f"combine: {part.method} scores {len(part)} examples, {first.method} "
                 f"{len(first)}, and they are not the same ones"
             )
-        rows.append(part.values[[place[example] for example in first.ids]])
+        order = [place[example] for example in first.ids]
+        rows.append(part.values[order])
+        errors.append(None if part.errors is None else part.errors[order])
     settings = {
         "how": how,
         "weights": None if weights is None else [float(w) for w in weights],
         "power": power,
         "parts": [{"method": p.method, "settings": p.settings} for p in parts],
     }
-    method = " + ".join(p.method for p in parts)
+    method = " + ".join(dict.fromkeys(p.method for p in parts))
     values = combined_values(rows, how, weights, power)
-    return Scores(first.ids, values, method, settings, first.query)
+    known = None
+    if how in ("plain", "scaled") and power == 1:
+        known = _errors(rows, errors, how, weights)
+    return Scores(first.ids, values, method, settings, first.query, known)
+
+
+def _errors(
+    rows: Sequence[np.ndarray], errors: Sequence[np.ndarray | None], how: How,
+    weights: Sequence[float] | None,
+) -> np.ndarray | None:  # fmt: skip
+    """Returns an upper bound of the standard errors: all parts may err in the same direction."""
+    weights = [1.0] * len(rows) if weights is None else list(weights)
+    total = np.zeros(len(rows[0]))
+    for values, error, weight in zip(rows, errors, weights, strict=True):
+        if error is None:
+            return None
+        total += abs(weight) * error / (_scale(values) if how == "scaled" else 1.0)
+    return total / sum(weights)
 
 
 def sharpened(values: np.ndarray, power: float) -> np.ndarray:
@@ -98,18 +120,27 @@ def combined_values(
     weights = [1.0] * len(parts) if weights is None else list(weights)
     if len(weights) != len(parts) or not sum(weights) > 0:
         raise ValueError(f"combine: weights {weights} for {len(parts)} scores")
-    prepared = {"plain": np.asarray, "standardised": _standardised, "ranks": _ranks}[how]
+    prepared = {"plain": np.asarray, "scaled": _scaled, "standardised": _standardised,
+                "ranks": _ranks}[how]  # fmt: skip
     sharp = [sharpened(p.astype(np.float64), power) for p in parts]
     total = sum(w * prepared(p) for w, p in zip(weights, sharp, strict=True))
     return np.asarray(total) / sum(weights)
 
 
-def _standardised(values: np.ndarray) -> np.ndarray:
-    centred = values - values.mean(0)
-    deviation = np.sqrt(np.square(centred).mean(0))
+def _scale(values: np.ndarray) -> np.ndarray:
+    """Returns the standard deviation over the examples."""
+    deviation = values.std(0)
     if not (deviation > 0).all():
         raise ValueError("combine: all examples have the same score")
-    return centred / deviation
+    return deviation
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    return values / _scale(values)
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    return (values - values.mean(0)) / _scale(values)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

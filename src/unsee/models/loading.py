@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
@@ -56,6 +58,41 @@ def load_lora(pipeline: Any, source: str | Path) -> None:
     except Exception as error:  # as above
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"LoRA weights {str(source)!r} do not load: {reason}") from error
+
+
+def load_snapshot(pipeline: Any, path: str | Path) -> None:
+    """Puts weights that a training kept on its way in the place of a pipeline's own.
+
+    Args:
+        pipeline: of the finished model, with the LoRA weights if those were what was trained;
+            its UNet is changed in place.
+        path: a `snapshot-*.safetensors` of `unsee train --snapshots`.
+
+    Raises:
+        ValueError: no such file, or weights that are not of this UNet.
+    """
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"weights {str(path)!r} cannot be read: {error}") from None
+    # An adapter is called otherwise where it is trained than where it is loaded.
+    own = {_without_adapter(n): p for n, p in pipeline.unet.named_parameters()}
+    for name, value in weights.items():
+        there = own.get(_without_adapter(name))
+        if there is None or there.shape != value.shape:
+            found = "has no such weight" if there is None else f"has one of {tuple(there.shape)}"
+            raise ValueError(
+                f"weights {str(path)!r}: {name} of {tuple(value.shape)}, and the model's UNet "
+                f"{found}; give the model that this training has made (for LoRA, the model that "
+                "it was made on and --lora)"
+            )
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[_without_adapter(name)].copy_(value)
+
+
+def _without_adapter(name: str) -> str:
+    return re.sub(r"\.(lora_[AB])\.\w+\.", r".\1.", name)
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -140,7 +140,9 @@ def _reading(results: Sequence[Scores]) -> Markup:
             "memorised, rare and wrongly captioned images tend to come first. It has no unit, and "
             "compares within one run.",
         )
-    elif all(scores.method.startswith("AbU") for scores in results) and columns <= {"factors"}:
+    elif columns <= {"factors"} and all(
+        s.method.startswith("AbU") and "parts" not in s.settings for s in results
+    ):
         how = (
             "The score is the rise of this training image’s loss when the picture is unlearned",
             f", to {order} order. " if columns else ". ",
@@ -157,7 +159,10 @@ def _reading(results: Sequence[Scores]) -> Markup:
             element("b", "Negative: it worked against the picture", class_="down"),
             whole,
         )
-        if len(columns) > 1:
+        if parts := results[0].settings.get("parts"):
+            sum_of = f"It has no unit: it is the mean of {len(parts)} scores, brought to one scale "
+            how = (how[0], sum_of + "by their spread over all training images. ", *how[1:])
+        elif len(columns) > 1:
             sum_of = "It has no unit: what the gradients of the loss and of the network’s output "
             sum_of += "say is divided by its spread over all training images, and added. "
             how = (how[0], sum_of, *how[1:])
