@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import write_image_folder
 from tests.index.test_features import save_vision
@@ -284,36 +284,95 @@ def test_runs_of_snapshots_answer_together(
     np.testing.assert_allclose(both.values[place], expected.values, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(both.errors[place], expected.errors, rtol=1e-5)
     page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
-    assert "the mean of 2 scores" in page and "±" in page
+    assert "the mean of 2 scores, each divided by its spread" in page and "±" in page
+
+
+def test_a_run_of_a_snapshot_says_so(
+    built: Run, earlier: Run, snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["info", str(earlier.path)]) == 0
+    assert f"made of {str(built.model)!r} at {str(snapshot)!r} and" in capsys.readouterr().out
+    mine = shutil.copytree(earlier.path, tmp_path / "run")
+    more = ["index", str(built.model), str(built.data), "--out", str(mine), "--device", "cpu"]
+    erased = ["--delete", "red-square.png"]
+    refused(capsys, main([*more, *erased]), f"was built with --weights {snapshot}")
+    assert main([*more, *erased, "--weights", str(snapshot)]) == 0
+    moved = snapshot.rename(snapshot.with_suffix(".moved"))
+    try:
+        refused(capsys, main(["attribute", str(mine), *QUERY]), str(snapshot), "no such file")
+    finally:
+        moved.rename(snapshot)
+    shutil.copytree(built.model, tmp_path / "model")
+    found = examine_loss(tmp_path / "model", built.data, snapshot, capsys)
+    assert "was recorded" in found[0] and "was recorded" not in found[1]
+
+
+def examine_loss(model: Path, data: Path, snapshot: Path, capsys) -> list[str]:
+    """Returns what the doctor says of the loss of a model with a record, and of its snapshot."""
+    (model / "training.json").write_text('{"loss": 0.5}')
+    found = []
+    for options in ([], ["--weights", str(snapshot)]):
+        main(["doctor", str(model), str(data), "--draws", "2", "--device", "cpu", *options])
+        said = capsys.readouterr().out.splitlines()
+        found.append(next(line for line in said if "loss:" in line))
+    return found
 
 
 def test_what_does_not_go_with_further_runs_is_refused(
     built: Run, earlier: Run, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    refused(capsys, built.attribute(tmp_path / "a", "--also", str(built.data)), "--also", "no run")
-    other = shutil.copytree(earlier.path, tmp_path / "other")
-    manifest = read_manifest(other)
-    assert manifest.settings["encoded_by"]
-    settings = {**manifest.settings, "encoded_by": "another"}
-    write_manifest(other, dataclasses.replace(manifest, settings=settings))
-    refused(capsys, built.attribute(tmp_path / "c", "--also", str(other)), "another autoencoder")
-    also = ["--also", str(earlier.path)]
-    refused(capsys, built.attribute(tmp_path / "b", *also, "--forward"), "leave --also out")
-    code = main(["attribute", str(built.model), str(built.data), *QUERY, *also])
+    def also(*paths: Path) -> list[str]:
+        return [word for path in paths for word in ("--also", str(path))]
+
+    def ask(*options: str) -> int:
+        return built.attribute(tmp_path / "out", *options)
+
+    def changed(name: str, **settings: object) -> Path:
+        path = shutil.copytree(earlier.path, tmp_path / name)
+        manifest = read_manifest(path)
+        of = dataclasses.replace(manifest, settings={**manifest.settings, **settings})
+        write_manifest(path, of)
+        return path
+
+    refused(capsys, ask(*also(built.data)), "no run")
+    refused(capsys, ask(*also(earlier.path, earlier.path)), "named twice")
+    refused(capsys, ask(*also(built.path)), "named twice")
+    other = changed("other", encoded_by="another")
+    refused(capsys, ask(*also(other)), "other autoencoder, text encoder or dtype")
+    columns = changed("columns", columns=["examples", "loss", "factors"])
+    refused(capsys, ask(*also(earlier.path, columns)), "other columns", "for instance 'outputs'")
+    fewer = shutil.copytree(earlier.path, tmp_path / "fewer")
+    deletion = ["index", str(built.model), str(built.data), "--out", str(fewer), "--device", "cpu"]
+    weights = ["--weights", read_source(fewer).weights or ""]
+    assert main([*deletion, *weights, "--delete", "red-square.png"]) == 0
+    refused(capsys, ask(*also(fewer)), "other examples", "for instance 'red-square.png'")
+    refused(capsys, ask(*also(earlier.path), "--forward"), "leave --also out")
+    similar = [*also(earlier.path), "--method", "similarity"]
+    refused(capsys, ask(*similar), "--also does nothing with --method similarity")
+    code = main(["attribute", str(built.model), str(built.data), *QUERY, *also(earlier.path)])
     refused(capsys, code, "--also is for a run")
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_do_not_fit_are_refused(
-    built: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+    built: Run, snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    index = [*built.index[:4], str(tmp_path / "run"), *BUILD, "--weights"]
-    refused(capsys, main([*index, str(tmp_path / "none.safetensors")]), "cannot be read")
-    (tmp_path / "cut.safetensors").write_bytes(b"short")
-    refused(capsys, main([*index, str(tmp_path / "cut.safetensors")]), "cannot be read")
-    save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
-    refused(capsys, main([*index, str(tmp_path / "other.safetensors")]), "conv_in.weight of (2, 2)")
-    save_file({"conv.weight": torch.zeros(2, 2)}, tmp_path / "more.safetensors")
-    refused(capsys, main([*index, str(tmp_path / "more.safetensors")]), "has no such weight")
+    def refuse(name: str, *said: str) -> None:
+        index = [*built.index[:4], str(tmp_path / "run"), *BUILD]
+        refused(capsys, main([*index, "--weights", str(tmp_path / name)]), *said)
+
+    weights = load_file(snapshot)
+    save_file({}, tmp_path / "empty")
+    (tmp_path / "cut").write_bytes(b"short")
+    save_file({**weights, "conv_in.weight": torch.zeros(2, 2)}, tmp_path / "shape")
+    save_file({**weights, "a.weight": torch.zeros(2, 2)}, tmp_path / "more")
+    save_file({n: w for n, w in weights.items() if n != "conv_in.weight"}, tmp_path / "fewer")
+    refuse("none", "no such file")
+    refuse("cut", "cannot be read")
+    refuse("empty", "needs it too")
+    refuse("shape", "conv_in.weight is (2, 2), and in the model (")
+    refuse("more", "a.weight, and the model has no such weight")
+    refuse("fewer", "conv_in.weight, and the model needs it too")
     assert not (tmp_path / "run").exists()
 
 

@@ -84,6 +84,15 @@ def test_a_log_gets_a_line_a_minute(clock, caplog) -> None:
     ]
 
 
+def test_nothing_done_is_no_error(clock, caplog) -> None:
+    caplog.set_level(logging.INFO, logger="unsee.progress")
+    with Progress(0, "index", "example") as bar:
+        bar.skip(0)
+        clock.now = 61.0
+        bar.update(0)
+    assert [r.getMessage() for r in caplog.records] == ["index: 0 of 0 examples (0%), 00:00 left"]
+
+
 def test_what_is_not_to_be_shown_is_not_logged(clock, caplog) -> None:
     caplog.set_level(logging.INFO, logger="unsee.progress")
     with Progress(10, "encode", "image", shown=False) as bar:

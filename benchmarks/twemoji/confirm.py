@@ -96,6 +96,8 @@ def print_steps(methods: dict[str, np.ndarray], masks: np.ndarray, losses: np.nd
                 queries: np.ndarray) -> None:  # fmt: skip
     """Prints what each larger step gains, over those of the queries that have both."""
     for larger, smaller in STEPS:
+        if larger not in methods or smaller not in methods:
+            continue
         a, b = methods[larger], methods[smaller]
         asked = queries & np.isfinite(a).all(1) & np.isfinite(b).all(1)
         if asked.sum() > 1:  # an interval needs two
@@ -117,12 +119,14 @@ def main() -> None:
     new = np.array([n not in SEEN for n in outcomes.numbers])
     masks, losses = outcomes.masks[new], outcomes.losses[new]
     methods = stored(arguments.work, benchmark)
+    if missing := [n for n in (*OTHERS, *FORWARD) if n not in methods]:
+        print(f"not scored, and left out: {'; '.join(dict.fromkeys(missing))}\n")
     print(
         f"{new.sum()} halves\n\n| method | queries | LDS | the default over it |\n|---|--:|---|---|"
     )
     choice = methods[CHOICE]
-    compared = {name: methods[name] for name in (CHOICE, *OTHERS)}
-    for forward in FORWARD:
+    compared = {name: methods[name] for name in (CHOICE, *OTHERS) if name in methods}
+    for forward in (f for f in FORWARD if f in methods):
         compared |= {f"{name}, {forward}" if name.startswith("the same") else name: scores
                      for name, scores in two_stages(methods, forward).items()}  # fmt: skip
     for name, scores in compared.items():

@@ -124,7 +124,8 @@ def earlier_commands(out: Path) -> list[str]:
     """Returns the commands that made the rows that are there."""
     if not out.is_file():
         return []
-    return pq.read_schema(out).metadata.get(b"commands", b"").decode().splitlines()
+    about = pq.read_schema(out).metadata or {}
+    return about.get(b"commands", b"").decode().splitlines()
 
 
 def command(arguments: argparse.Namespace) -> str:

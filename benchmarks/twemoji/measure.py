@@ -121,7 +121,8 @@ def measure(run: Run, work: Path, out: Path, benchmark: Benchmark) -> tuple[list
 
 
 def origin(benchmark: Benchmark, *commands: str) -> dict[str, str]:
-    """Returns what made a table of outcomes, for its metadata; seeds are in its rows."""
+    """Returns what made a table of outcomes, for its metadata; seeds are in its rows. Versions are
+    those of whoever added the last row."""
     return {
         "examples": fingerprint_of(benchmark.data.ids), "draws": repr(DRAWS),
         "commands": "\n".join(dict.fromkeys(commands)), "unsee": unsee.__version__,

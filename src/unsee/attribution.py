@@ -84,7 +84,7 @@ def prepare(
     if path.is_file():
         fisher = DiagonalFisher.load(path)
     else:
-        bar = partial(tracked, what="fisher", unit="batch")
+        bar = partial(tracked, what="fisher", unit="step")
         fisher = fit_diagonal_fisher(model, sample, draws, fisher_batch, progress=bar)
         fisher.save(path)
     seconds = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -125,7 +126,7 @@ def _doctor(args: argparse.Namespace) -> int:
     model, data = open_model_and_data(args)
     findings = examine(
         model, data, args.out, draws=args.draws, query_draws=args.query_draws, flips=args.flips,
-        batch_size=args.batch_size, seed=args.method_seed,
+        batch_size=args.batch_size, seed=args.method_seed, finished=args.weights is None,
     )  # fmt: skip
     for finding in findings:
         print(finding)
@@ -140,9 +141,14 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     from .doctor import describe
+    from .runs import is_run, read_source
 
     for line in describe(args.path):
         print(line)
+    if args.path is not None and is_run(args.path):
+        with contextlib.suppress(ValueError):  # made in Python: nobody knows
+            source = read_source(args.path)
+            print(f"made of {source.whole_model} and {source.data!r}")
 
 
 if __name__ == "__main__":

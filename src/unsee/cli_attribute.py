@@ -19,8 +19,9 @@ from .cli_arguments import (
 from .cli_index import add_run_options, print_top
 
 if TYPE_CHECKING:
+    from .data.dataset import ImageDataset
     from .index.index import Index
-    from .methods.base import Attributor
+    from .methods.base import Attributor, Scores
     from .models.base import Denoiser
     from .query import Query
 
@@ -33,12 +34,13 @@ OF_RUN = ("also", "method", "curvature", "use_columns", "forward", "shortlist", 
 OF_FORWARD = ("rise", "shortlist")
 """Of a run, only where it really unlearns; the rise also where it has probes."""
 OF_METHOD = {
-    "abu": ("curvature", "use_columns", "forward", "shortlist", "rise", "damping"),
-    "trak": ("ridge",),
-    "d-trak": ("ridge",),
+    "abu": ("also", "curvature", "use_columns", "forward", "shortlist", "rise", "damping"),
+    "trak": ("also", "ridge"),
+    "d-trak": ("also", "ridge"),
     "similarity": ("encoder",),
 }
-"""Of a run, by method; the options of others do nothing."""
+"""Of a run, by method; the options of others do nothing. Similarity does not see the weights of the
+UNet: further runs would say the same."""
 OF_DRAWS = ("query_draws", "method_seed")
 """What similarity has no use for."""
 
@@ -106,7 +108,7 @@ def _attribute(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what does not go together, before anything is opened."""
-    from .runs import is_run
+    from .runs import check_together, is_run
 
     def refuse(names: Sequence[str], why: str) -> None:
         for name in names:
@@ -122,8 +124,8 @@ def _check(args: argparse.Namespace) -> None:
             )
         refuse(OF_MODEL_AND_DATA, "does nothing with a run, which `unsee index` has settled: "
                "leave it out, or give MODEL and DATA")  # fmt: skip
-        for path in args.also or ():
-            _check_further(path, Path(args.model))
+        if args.also:
+            check_together([Path(args.model), *args.also], args.use_columns)
         method = args.method or "abu"
         others = [n for names in OF_METHOD.values() for n in names if n not in OF_METHOD[method]]
         refuse(others, f"does nothing with --method {method}: leave it out")
@@ -149,23 +151,6 @@ def _check(args: argparse.Namespace) -> None:
         )
     else:
         refuse(OF_RUN, "is for a run: `unsee index` makes one, and `unsee attribute RUN` asks it")
-
-
-def _check_further(path: Path, first: Path) -> None:
-    """Refuses a further run that cannot be asked about the same latents."""
-    from .index.build import ENCODED_BY
-    from .index.layout import read_manifest
-    from .runs import is_run
-
-    if not is_run(path):
-        raise ValueError(f"--also: {str(path)!r} is no run that `unsee index` made")
-    if read_manifest(path).settings.get(ENCODED_BY) != read_manifest(first).settings.get(
-        ENCODED_BY
-    ):
-        raise ValueError(
-            f"--also: run {str(path)!r} has another autoencoder or text encoder than {str(first)!r}"
-            ": a query of one means nothing to the other; ask them one by one"
-        )
 
 
 def _asks_probes(args: argparse.Namespace) -> bool:
@@ -199,16 +184,15 @@ def _from_run(args: argparse.Namespace) -> tuple:
 
     opened = _picture(args)
     quiet_loading()
-    index, data = open_run(Path(args.model), args.device)
-    method = _method(args, index)  # before the picture: what does not fit costs no generation
-    query = _query(args, index.model, opened)
-    scores = method.attribute(query)
-    if args.also:
-        parts = [scores]
-        for path in args.also:  # one model at a time in memory
-            other, _ = open_run(path, args.device)
-            parts.append(_method(args, other).attribute(query))
-        scores = combine(parts, "scaled")
+
+    def ask(path: Path, query: Query | None = None) -> tuple[Scores, ImageDataset]:
+        index, data = open_run(path, args.device)
+        method = _method(args, index)  # before the picture: what does not fit costs no generation
+        return method.attribute(query or _query(args, index.model, opened)), data
+
+    scores, data = ask(Path(args.model))
+    if args.also:  # one after another: a device may have no room for two models
+        scores = combine([scores, *(ask(path, scores.query)[0] for path in args.also)], "scaled")
     return scores, write_report(scores, data, args.out, top=args.top), data
 
 

@@ -95,7 +95,7 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--method", default="abu", choices=("abu", "trak", "d-trak", "similarity"),
                        help="abu needs the columns factors or outputs, trak and d-trak a sketch of "
                        "the loss or the output, similarity features (default: abu)")  # fmt: skip
-    group.add_argument("--also", nargs="+", type=Path, metavar="RUN",
+    group.add_argument("--also", nargs="+", action="extend", type=Path, metavar="RUN",
                        help="further runs of the same data, for instance of snapshots of the "
                        "training: the mean of all runs' scores, each divided by its standard "
                        "deviation")  # fmt: skip
@@ -170,6 +170,7 @@ def _check_as_built(args: argparse.Namespace) -> None:
 
     if not is_run(args.out):
         return  # refused by what comes next
+    _check_source(args)
     settings = read_manifest(args.out).settings
     draws, sketch = settings["draws"], settings.get("sketch", {})
     built = {
@@ -195,6 +196,26 @@ def _check_as_built(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}: {value} is asked for, but run {str(args.out)!r} was "
                 f"built with {built[name]}, and --{'delete' if args.delete else 'append'} does not "
                 "change that: leave it out"
+            )
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """Refuses weights on the model that are not those of the run; others are told by its hash."""
+    from .runs import read_source
+
+    try:
+        built = read_source(args.out)
+    except ValueError:  # made in Python, or damaged: refused by what comes next
+        return
+    asked = source_of(args).absolute()
+    for name in ("lora", "weights"):
+        said, was = getattr(asked, name), getattr(built, name)
+        if said != was:
+            raise ValueError(
+                f"run {str(args.out)!r} was built with "
+                + (f"--{name} {was}" if was else f"no --{name}")
+                + (f", not with {said}" if said else "")
+                + ": give the options that built it"
             )
 
 

@@ -77,8 +77,8 @@ class Progress:
         self._bar.close()
 
     def _line(self, now: float) -> str:
-        """Returns how far it is, after at least one unit was done now."""
-        each = (now - self._started) / (self.count - self._before)
+        """Returns how far it is."""
+        each = (now - self._started) / max(1, self.count - self._before)
         left = tqdm.format_interval(each * max(0, self.total - self.count))
         return (
             f"{self.what}: {self.count:,} of {self.total:,} {self.unit}s "

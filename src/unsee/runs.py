@@ -9,13 +9,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .data.dataset import ImageDataset, load_dataset
 from .files import write_atomically
+from .index.build import ENCODED_BY, MEASURES
 from .index.index import Index
 from .index.layout import Manifest, read_manifest
-from .index.table import settled
+from .index.table import read_ids, settled
 from .models.loading import Dtype
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ class Source:
     further: tuple[str, ...] = ()
     further_skip_bad: tuple[str, ...] = ()
     weights: str | None = None
+
+    @property
+    def whole_model(self) -> str:
+        """The model with what was loaded on it, for messages."""
+        lora = f" with the LoRA weights {self.lora!r}" if self.lora else ""
+        return f"{self.model!r}{lora}" + (f" at {self.weights!r}" if self.weights else "")
 
     def absolute(self) -> Source:
         """Returns the source with folders that are found again from any other one.
@@ -139,13 +146,16 @@ def open_model(source: Source, device: str | None = None) -> Denoiser:
     from .models.base import Denoiser
     from .models.loading import load_lora, load_pipeline, load_snapshot
 
+    if source.weights and not Path(source.weights).is_file():  # before all that takes long
+        raise ValueError(f"weights {source.weights!r}: no such file")
     folder = write_demo_model() if source.model == DEMO else source.model
     pipeline = load_pipeline(folder, source.dtype, device)
     if source.lora:
         load_lora(pipeline, source.lora)
+    model = Denoiser.from_pipeline(pipeline, source.parameters)
     if source.weights:
-        load_snapshot(pipeline, source.weights)
-    return Denoiser.from_pipeline(pipeline, source.parameters)
+        load_snapshot(model.network, source.weights)
+    return model
 
 
 def is_run(path: str | Path) -> bool:
@@ -220,6 +230,51 @@ def read_source(path: Path) -> Source:
         raise ValueError(f"{file} is damaged ({error}): run `unsee index` again") from None
 
 
+def check_together(paths: Sequence[Path], columns: Sequence[str] | None = None) -> None:
+    """Refuses runs whose scores cannot be added up, before a model is opened.
+
+    Args:
+        paths: of the runs; the others are held against the first.
+        columns: that are asked, if not all columns of gradients that each run has.
+
+    Raises:
+        ValueError: a run that is named twice, is none or is not finished, or one of other
+            examples, columns of gradients, sketch, autoencoder or text encoder.
+    """
+    first: dict[str, Any] = {}
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ValueError(f"run {str(path)!r} is named twice: it would count double")
+        seen.add(path.resolve())
+        about = _for_sums(path, columns)
+        for what, value in about.items():
+            if value is not None and value != first.setdefault(what, value):
+                difference = value ^ first[what] if isinstance(value, set) else ()
+                example = f", for instance {min(difference)!r}" if difference else ""
+                raise ValueError(
+                    f"run {str(path)!r} has other {what} than {str(paths[0])!r}{example}: their "
+                    "scores cannot be added up; ask them one by one, or index the same again"
+                )
+
+
+def _for_sums(path: Path, columns: Sequence[str] | None) -> dict[str, Any]:
+    """Returns what runs that are added up must have in common; None where it is not known."""
+    read_source(path)
+    manifest = settled(path, read_manifest(path))
+    settings = manifest.settings
+    if (ids := read_ids(path, manifest)) is None:
+        raise ValueError(
+            f"run {str(path)!r} is not finished: give the command that builds it again"
+        )
+    return {
+        "examples": set(ids),
+        "columns of gradients": set(columns or settings["columns"]) & set(MEASURES),
+        "sketches": settings.get("sketch"),
+        "autoencoder, text encoder or dtype": settings.get(ENCODED_BY),
+    }
+
+
 def open_run(path: Path, device: str | None = None) -> tuple[Index, ImageDataset]:
     """Opens a run's index, with its model, and its pictures.
 
@@ -234,7 +289,7 @@ def open_run(path: Path, device: str | None = None) -> tuple[Index, ImageDataset
     was, now = manifest.settings["model"], model.fingerprint()
     if was != now:
         raise ValueError(
-            f"run {str(path)!r}: {source.model!r} is no longer the model that was indexed (its "
+            f"run {str(path)!r}: {source.whole_model} is no longer the model that was indexed (its "
             f"fingerprint was {was}, now it is {now}); bring that model back, or index this one "
             "in another folder"
         )

@@ -252,9 +252,9 @@ def test_a_snapshot_takes_the_place_of_the_adapter(
     lora(tiny_pipeline, data, tmp_path / "run", asked, rank=2)
     load_lora(tiny_pipeline, tmp_path / "run")
     final = {n: p.clone() for n, p in tiny_pipeline.unet.named_parameters() if "lora_" in n}
-    load_snapshot(tiny_pipeline, snapshot_path(tmp_path / "run", 1))
+    load_snapshot(tiny_pipeline.unet, snapshot_path(tmp_path / "run", 1))
     first = {n: p.clone() for n, p in tiny_pipeline.unet.named_parameters() if "lora_" in n}
     assert not all(torch.equal(first[n], final[n]) for n in final)
-    load_snapshot(tiny_pipeline, snapshot_path(tmp_path / "run", steps))
+    load_snapshot(tiny_pipeline.unet, snapshot_path(tmp_path / "run", steps))
     for name, parameter in tiny_pipeline.unet.named_parameters():
         assert "lora_" not in name or torch.equal(parameter, final[name])

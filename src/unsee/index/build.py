@@ -241,9 +241,9 @@ def fill(
     sketcher = functools.cache(lambda: Sketcher(model, Sketch.of(manifest.settings["sketch"])))
     bar = Progress(sum(s.last - s.first for s in todo), "index", "example")
     for shard in todo:
+        _make_examples(path, manifest, model, data, shard, on_error)
         columns = manifest.settings["columns"]
         done = all(shard_path(path, c, shard).is_file() for c in columns)
-        _make_examples(path, manifest, model, data, shard, on_error)
         _fill_shard(path, manifest, model, data, shard, batch_size, encoders, sketcher)
         (bar.skip if done else bar.update)(shard.last - shard.first)
     bar.close()

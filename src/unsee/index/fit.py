@@ -228,6 +228,6 @@ def _per_draw(index: Index, sample: Sample) -> DiagonalFisher:
     draws = dataclasses.replace(
         PER_DRAW, num_train_timesteps=length, timesteps=index.draws.timesteps
     )
-    bar = partial(tracked, what="fisher", unit="batch")
+    bar = partial(tracked, what="fisher", unit="step")
     fitted = fit_diagonal_fisher(index.model, data, draws, progress=bar)
     return dataclasses.replace(fitted, settings={**fitted.settings, "ids": sample.about["ids"]})

@@ -113,7 +113,7 @@ def combined_values(
 
     Raises:
         ValueError: shapes or numbers do not fit, a sum of weights that is not positive, or
-            standardised scores that are all the same.
+            scaled or standardised scores that are all the same.
     """
     if len({p.shape for p in parts}) != 1:
         raise ValueError(f"combine: scores of shapes {[p.shape for p in parts]}")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
@@ -60,35 +61,44 @@ def load_lora(pipeline: Any, source: str | Path) -> None:
         raise ValueError(f"LoRA weights {str(source)!r} do not load: {reason}") from error
 
 
-def load_snapshot(pipeline: Any, path: str | Path) -> None:
-    """Puts weights that a training kept on its way in the place of a pipeline's own.
+def load_snapshot(network: nn.Module, path: str | Path) -> None:
+    """Puts weights that a training kept on its way in the place of a network's own.
 
     Args:
-        pipeline: of the finished model, with the LoRA weights if those were what was trained;
-            its UNet is changed in place.
+        network: of the finished model, with the LoRA weights if those were what was trained;
+            changed in place.
         path: a `snapshot-*.safetensors` of `unsee train --snapshots`.
 
     Raises:
-        ValueError: no such file, or weights that are not of this UNet.
+        ValueError: no such file, or weights that are not those of this network, or not all.
     """
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights {str(path)!r} cannot be read: {error}") from None
+    weights = {_without_adapter(name): value for name, value in weights.items()}
+    own = dict(network.named_parameters())
+    trained = {n: p for n, p in own.items() if "lora_" in n} or own
     # An adapter is called otherwise where it is trained than where it is loaded.
-    own = {_without_adapter(n): p for n, p in pipeline.unet.named_parameters()}
+    places = {_without_adapter(name): p for name, p in trained.items()}
+    if len(places) < len(trained):
+        raise ValueError(f"weights {str(path)!r} are of one adapter, and the network has several")
+    advice = (
+        "; give the model that this training has made (for LoRA, the model that it was made on "
+        "and --lora)"
+    )
+    if unlike := sorted(weights.keys() ^ places.keys()):
+        there = "has no such weight" if unlike[0] in weights else "needs it too"
+        raise ValueError(f"weights {str(path)!r}: {unlike[0]}, and the model {there}{advice}")
     for name, value in weights.items():
-        there = own.get(_without_adapter(name))
-        if there is None or there.shape != value.shape:
-            found = "has no such weight" if there is None else f"has one of {tuple(there.shape)}"
+        if places[name].shape != value.shape:
             raise ValueError(
-                f"weights {str(path)!r}: {name} of {tuple(value.shape)}, and the model's UNet "
-                f"{found}; give the model that this training has made (for LoRA, the model that "
-                "it was made on and --lora)"
+                f"weights {str(path)!r}: {name} is {tuple(value.shape)}, and in the model "
+                f"{tuple(places[name].shape)}{advice}"
             )
     with torch.no_grad():
         for name, value in weights.items():
-            own[_without_adapter(name)].copy_(value)
+            places[name].copy_(value)
 
 
 def _without_adapter(name: str) -> str:

@@ -126,6 +126,16 @@ def _summary(results: Sequence[Scores], data: ImageDataset) -> Markup:
     )
 
 
+SUMS = {
+    "plain": ("", True),
+    "scaled": (", each divided by its spread over all training images, and has no unit", True),
+    "standardised": (", each less its mean and divided by its spread over all training images, and "
+                     "has no unit: only differences mean something", False),
+    "ranks": (", of which each is a rank from 0 to 1: only differences mean something", False),
+}  # fmt: skip
+"""What is added up in a sum of scores, and whether its sign says for or against the picture."""
+
+
 def _reading(results: Sequence[Scores]) -> Markup:
     """Says how to read a score."""
     columns = {c for scores in results for c in scores.settings.get("columns", ())}
@@ -159,9 +169,11 @@ def _reading(results: Sequence[Scores]) -> Markup:
             element("b", "Negative: it worked against the picture", class_="down"),
             whole,
         )
-        if parts := results[0].settings.get("parts"):
-            sum_of = f"It has no unit: it is the mean of {len(parts)} scores, brought to one scale "
-            how = (how[0], sum_of + "by their spread over all training images. ", *how[1:])
+        sums = {(s.settings.get("how"), len(s.settings.get("parts", ()))) for s in results}
+        if len(sums) == 1 and (kind := next(iter(sums)))[0] in SUMS:
+            what, signed = SUMS[kind[0]]
+            sum_of = f"It is the mean of {kind[1]} scores{what}. "
+            how = (how[0], sum_of, *(how[1:] if signed else (whole.removeprefix(". "),)))
         elif len(columns) > 1:
             sum_of = "It has no unit: what the gradients of the loss and of the network’s output "
             sum_of += "say is divided by its spread over all training images, and added. "
