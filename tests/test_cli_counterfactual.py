@@ -178,6 +178,12 @@ def test_bad_input_is_one_line_and_exit_code_2(changes, message, case, capsys) -
     assert last.startswith("unsee: ") and message in last
 
 
+def test_lora_weights_have_no_command_of_their_own(case, tmp_path, capsys) -> None:
+    about = [case["model"], case["data"], case["good"], "--queries", case["queries"], "--k", "3"]
+    assert main(["evaluate", "counterfactual", *about, "--lora", str(tmp_path)]) == 2
+    assert "give --train-command" in capsys.readouterr().err
+
+
 def test_bad_scores(case, tmp_path, capsys) -> None:
     path = Path(case["good"]) / "red.parquet"
     scores = Scores.load(path)
@@ -293,3 +299,7 @@ def test_records_that_are_no_command(change, message, tmp_path) -> None:
     assert message in str(error.value)
     with pytest.raises(ValueError, match=r"has no training\.json.* give --train-command"):
         recorded_command(tmp_path / "none", "abc")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "training.json").write_text(text)
+        with pytest.raises(ValueError, match=r"training.json is damaged, .*give --train-command"):
+            recorded_command(tmp_path, "abc")

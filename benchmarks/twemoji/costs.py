@@ -102,12 +102,18 @@ class Costs:
     def gradients(self) -> None:
         """Methods on gradients in memory."""
         asked = QueryExamples([self.query])
-        once, examples = timed(lambda: example_gradients(self.model, self.data, EXAMPLE_DRAWS))
+        differentiated, examples = timed(
+            lambda: example_gradients(self.model, self.data, EXAMPLE_DRAWS)
+        )
         fit, curvature = timed(self._ekfac)
         each, found = timed(lambda: example_gradients(self.model, asked, QUERY_DRAWS))
         scan = timed(lambda: influence_scores(examples, found, curvature))[0]
-        once, scan = (once + fit) * self.share, scan * self.share
+        once, scan = (differentiated + fit) * self.share, scan * self.share
         self.add("influence, EK-FAC, in memory", once, each + scan)
+        fit, fisher = timed(lambda: fit_diagonal_fisher(self.model, self.data, Draws(21, 2)))
+        scan = timed(lambda: influence_scores(examples, found, fisher))[0] * self.share
+        once = (differentiated + fit) * self.share
+        self.add("AbU as published, to first order, in memory", once, each + scan)
         whole = self.model.selecting("all")
         options = {"measure": "output_norm"}
         once, examples = timed(

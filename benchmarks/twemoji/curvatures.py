@@ -44,10 +44,9 @@ def curvatures(
     if (kept := _read(work)) is not None:
         return {"identity": None, **kept}
     narrow = _narrow(benchmark, gradients)
-    members = torch.from_numpy(np.flatnonzero(benchmark.members))
     found: dict[str, Fitted | None] = {"identity": None}
     found["diagonal per draw"] = fit_diagonal_fisher(narrow, benchmark.data, Draws(seed=21, n=2))
-    found["diagonal averaged"] = _diagonal(gradients, members)
+    found["diagonal averaged"] = diagonal(gradients, benchmark.members)
     covariances = _covariances(benchmark, narrow, "per_draw")
     found["K-FAC per_draw"] = KFAC.fit(covariances)
     found["EK-FAC per_draw"] = EKFAC.fit(covariances, _per_draw(benchmark, narrow))
@@ -105,7 +104,7 @@ def gauss_newton(benchmark: Benchmark, work: Path, sampled: GradientMatrix) -> d
     covariances = _covariances(benchmark, _narrow(benchmark, sampled), "per_draw", functionals=True)
     rows = ({n: sampled.of(n)[members]} for n in sampled.names)
     found: dict[str, Fitted] = {
-        "diagonal Gauss-Newton": _diagonal(sampled, members),
+        "diagonal Gauss-Newton": diagonal(sampled, benchmark.members),
         "K-FAC Gauss-Newton": KFAC.fit(covariances),
         "EK-FAC Gauss-Newton": EKFAC.fit(covariances, rows),
     }
@@ -123,7 +122,9 @@ def refitted(basis: EKFAC, gradients: GradientMatrix, members: np.ndarray) -> EK
     return dataclasses.replace(basis, values=values, count=len(rows))
 
 
-def _diagonal(gradients: GradientMatrix, rows: torch.Tensor) -> DiagonalFisher:
+def diagonal(gradients: GradientMatrix, members: np.ndarray) -> DiagonalFisher:
+    """Returns the mean squares of the members' gradients."""
+    rows = torch.from_numpy(np.flatnonzero(members))
     squares = {n: gradients.of(n)[rows].double().square().mean(0) for n in gradients.names}
     return DiagonalFisher(squares, len(rows))
 

@@ -121,12 +121,13 @@ def measure(run: Run, work: Path, out: Path, benchmark: Benchmark) -> tuple[list
 
 
 def origin(benchmark: Benchmark, *commands: str) -> dict[str, str]:
-    """Returns what made a table of outcomes, for its metadata; seeds are in its rows. Versions are
-    those of whoever added the last row."""
+    """Returns what made a table of outcomes, for its metadata. Versions are those of whoever added
+    the last row."""
     return {
         "examples": fingerprint_of(benchmark.data.ids), "draws": repr(DRAWS),
         "commands": "\n".join(dict.fromkeys(commands)), "unsee": unsee.__version__,
         "torch": torch.__version__,
+        "seeds": "trainings 0, or the number at the end of the run's name; random sets 0",
     }  # fmt: skip
 
 

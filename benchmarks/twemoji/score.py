@@ -14,7 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curvatures import Fitted, averaged, curvatures, gauss_newton, kv_names, refitted
+from curvatures import (
+    Fitted,
+    averaged,
+    curvatures,
+    diagonal,
+    gauss_newton,
+    kv_names,
+    refitted,
+)
 from gradients import (
     SEED_DRAWS,
     by_noise,
@@ -206,6 +214,35 @@ def layers(benchmark: Benchmark, work: Path) -> Scored:
             yield from damped(f"{name}, {what}", *few, {"EK-FAC": curvature})
 
 
+def beyond(benchmark: Benchmark, work: Path) -> Scored:
+    """More than keys and values: the weights of all linear layers under EK-FAC, all parameters
+    under the diagonal, and sums of what the loss and the output say."""
+    modules = benchmark.model.network.named_modules()
+    linear = {f"{name}.weight" for name, m in modules if isinstance(m, torch.nn.Linear)}
+    found: dict[str, list[tuple[str, np.ndarray]]] = {}
+    basis: EKFAC | None = None
+    for measure, name in (("loss", "influence"), ("output_norm", "output norm")):
+        examples, queries = matrices(benchmark, work, measure)
+        names = [n for n in examples.names if n in linear]
+        few = examples.only(names), queries.only(names)
+        basis = averaged(benchmark, few[0])[1] if basis is None else basis
+        ekfac = refitted(basis, few[0], benchmark.members)
+        pairs = (
+            ("linear layers", damped(f"{name}, linear layers", *few, {"EK-FAC": ekfac})),
+            ("all parameters", damped(
+                f"{name}, all parameters", examples, queries,
+                {"diagonal averaged": diagonal(examples, benchmark.members)},
+            )),
+        )  # fmt: skip
+        for what, scored in pairs:
+            for method, scores in scored:
+                yield method, scores
+                setting = method.rsplit(", ", 1)[1]
+                found.setdefault(f"{what}, {setting}", []).append(scores)
+    for what, parts in found.items():
+        yield f"loss + output norm, {what}", combined_values(parts, "scaled")
+
+
 def noise_levels(benchmark: Benchmark, work: Path) -> Scored:
     """Gradients of draws with little noise (the first half of the schedule), medium (the third
     quarter), most (the last) and much (medium and most); and little and much apart: a sum in which
@@ -326,6 +363,7 @@ def main() -> None:
         "guided": lambda: guidances(benchmark, work),
         "dropped": lambda: dropped(benchmark, work),
         "layers": lambda: layers(benchmark, work),
+        "beyond": lambda: beyond(benchmark, work),
         "noise": lambda: noise_levels(benchmark, work),
         "seeds": lambda: seeds(benchmark, work),
         "combined": lambda: combined(work),

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .cli_arguments import DATA_HELP, MODEL_HELP, open_data, positive, quiet_loading
@@ -70,6 +70,9 @@ def _add_outcomes(command: argparse.ArgumentParser) -> None:
 
 
 def _lds(args: argparse.Namespace) -> None:
+    from .evaluation.intervals import check_level
+
+    check_level(args.level)  # before anything is scored
     if (args.scores is None) == (args.method is None):
         raise ValueError("lds: give either a folder of scores or --method")
     if args.method is not None:
@@ -166,6 +169,9 @@ def _counterfactual(args: argparse.Namespace) -> int:
     )
     from .evaluation.retrain import check_command
 
+    if args.lora and args.train_command is None:
+        raise ValueError("counterfactual: how LoRA weights were trained is not recorded in MODEL: "
+                         "give --train-command")  # fmt: skip
     queries = read_queries(args.queries)
     rankings = read_rankings(args.scores, [query.id for query in queries])
     data = open_data(args.data)
@@ -220,13 +226,22 @@ def recorded_command(model: Path, fingerprint: str) -> list[str]:
         ValueError: no such record, of other data, or of settings that the command line lacks.
     """
     from .training.commands import RECORD
-    from .training.loop import Optimization
 
     path = model / RECORD
     if not path.is_file():
         raise ValueError(f"{str(model)!r} has no {RECORD}, which says how to train it again: give "
                          "--train-command")  # fmt: skip
-    about = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return _command_of(about, path, fingerprint)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or no record of `unsee train` ({error!r}): give "
+                         "--train-command") from None  # fmt: skip
+
+
+def _command_of(about: dict[str, Any], path: Path, fingerprint: str) -> list[str]:
+    from .training.loop import Optimization
+
     recipe, how = about["recipe"], about["optimization"]
     if recipe is None or "text_encoder" not in about or about["left_out"]:
         raise ValueError(f"{path} is not of a text-to-image training on all data: give "
@@ -243,7 +258,7 @@ def recorded_command(model: Path, fingerprint: str) -> list[str]:
         **recipe,
         **told,
         "channels": ",".join(map(str, recipe["channels"])),
-        "autoencoder": (model / "vae").resolve(),
+        "autoencoder": (path.parent / "vae").resolve(),
         "threads": about["threads"],
         **{n: about[n] for n in ("text_encoder", "max_tokens", "caption_dropout")},
     }

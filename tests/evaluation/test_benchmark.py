@@ -32,6 +32,16 @@ def write(path: Path, losses: dict[str, list[float]], ids: list[str] = IDS) -> P
     return path
 
 
+def test_rows_without_a_value_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "outcomes.parquet", {"full-0": [1.0, 2.0]})
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["timestep_bin"] = None
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.replace_schema_metadata({"examples": fingerprint_of(IDS)}), path)
+    with pytest.raises(ValueError, match="column 'timestep_bin' has rows without a value"):
+        read_outcomes(path, IDS, QUERIES)
+
+
 def test_decoys_are_a_tenth_and_follow_the_ids() -> None:
     members, decoys = members_and_decoys(IDS)
     assert len(decoys) == 10 and sorted(members + decoys) == list(range(100))

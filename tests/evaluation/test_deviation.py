@@ -51,6 +51,14 @@ def test_refuses_what_cannot_be_made_again(tiny_model):
         measure_outcome(tiny_model, query, DRAWS)
 
 
+def test_refuses_a_picture_that_is_not_finite(tiny_model, monkeypatch):
+    query = tiny_model.generate("a red circle", seed=3, steps=1)
+    broken = dataclasses.replace(query, latents=query.latents * float("nan"))
+    monkeypatch.setattr(tiny_model, "generate", lambda *arguments: broken)
+    with pytest.raises(ValueError, match="the picture that the model makes is not finite"):
+        measure_outcome(tiny_model, query, DRAWS)
+
+
 def test_ssim_agrees_with_a_loop():
     rng = np.random.default_rng(0)
     a, b = rng.random((9, 8, 3)), rng.random((9, 8, 3))

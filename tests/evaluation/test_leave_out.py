@@ -63,6 +63,28 @@ def test_a_part_of_the_plan_is_a_smaller_experiment(orders):
     assert plan_removals(orders, IDS, 5, random=2, seed=1)[0].ids != first
 
 
+@pytest.mark.parametrize("planned", [plan_removals, plan_together])
+def test_k_and_rankings_are_checked_before_anything_is_trained(planned, orders):
+    for k in (0, -1, 50, 51, 2.5, "3"):
+        with pytest.raises(ValueError, match=r"must be a whole number from 1 to 49"):
+            planned(orders, IDS, k)
+    twice = {"one": {"a": [IDS[1], IDS[2], IDS[1]]}}
+    with pytest.raises(ValueError, match="'one' ranks 'example-1' twice for 'a'"):
+        planned(twice, IDS, 2)
+    with pytest.raises(ValueError, match="'two' has no ranking for 'c'"):
+        planned({**orders, "two": {q: orders["two"][q] for q in "ab"}}, IDS, 2)
+    assert planned(orders, IDS, np.int64(2))
+
+
+def test_what_is_not_finite_is_named(rows):
+    with pytest.raises(ValueError, match="level = 95"):
+        leave_out_effects(rows, level=95)
+    one = [dict(r) for r in rows if r["query"] == "a"]
+    next(r for r in one if r["method"] == "one")["loss"] = float("nan")
+    with pytest.raises(ValueError, match="loss of 'one': nan"):
+        leave_out_effects(one)
+
+
 def test_random_removal_is_uniform():
     """Each of 50 examples is among the 5 of a set with probability 0.1."""
     plan = plan_removals({}, IDS, 5, random=2000)

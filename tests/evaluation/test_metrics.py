@@ -348,6 +348,8 @@ def test_rankings_refuse(scores):
         decoy_share(scores, decoys, 0)
     with pytest.raises(ValueError, match=r"k = 2.5 is no whole number"):
         recall_at_k(scores, positives, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"k = 2.0 is no whole number"):
+        decoy_share(scores, decoys, 2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mAP\(k\), teacher: k = 13"):
         map_at_k(scores, scores, 13)
     with pytest.raises(ValueError, match="no example is a decoy"):

@@ -122,6 +122,8 @@ def test_another_setting_is_another_folder(benchmark, tmp_path) -> None:
         for damping, draws in ((None, 2), (0.1, 2), (1.0, 2), (1.0, 4))
     }
     assert len(folders) == 3  # 1.0 is its own
+    few, many = (score_files(benchmark, "tracin", tmp_path, draws=n) for n in (2, 4))
+    assert (scores(few, benchmark) != scores(many, benchmark)).any()
 
 
 def test_a_killed_trial_goes_on_with_its_gradients(benchmark, tmp_path) -> None:

@@ -171,6 +171,8 @@ def _check_columns(table: pa.Table, path: Path) -> None:
         found = table.schema.field(name).type
         if not any(fit(found) for fit in fits):
             raise ValueError(f"outcomes {str(path)!r}: column {name!r} holds {found}, not {kind}")
+        if name != "loss" and table.column(name).null_count:
+            raise ValueError(f"outcomes {str(path)!r}: column {name!r} has rows without a value")
 
 
 def _arranged(means: dict[str, np.ndarray], runs: dict[str, Run], examples: int) -> Outcomes:

@@ -22,6 +22,7 @@ from ..methods.base import Scores
 from ..models.base import Denoiser
 from ..query import Query
 from .deviation import Outcome, measure_outcome
+from .intervals import check_level
 from .leave_out import FULL, RANDOM, Effect, Removal, leave_out_effects, plan_removals
 from .retrain import Retrained, retrain, without
 
@@ -181,6 +182,7 @@ def evaluate_removals(
     Raises:
         ValueError: see `plan_removals`, `retrain`, `measure_outcome`.
     """
+    check_level(level)  # before anything is trained
     plan = plan_removals(rankings, data.ids, k, random=random, seed=seed)
     runs = {removal.name: without(data.ids, removal.ids) for removal in plan}
     folder = out / f"k{k}"

@@ -41,7 +41,7 @@ def measure_outcome(model: Denoiser, query: Query, draws: Draws) -> Outcome:
 
     Raises:
         ValueError: the query was not generated, the model makes latents of another shape, or the
-            loss is not finite.
+            loss or picture is not finite.
     """
     about = query.provenance
     if "seed" not in about:
@@ -55,6 +55,8 @@ def measure_outcome(model: Denoiser, query: Query, draws: Draws) -> Outcome:
     loss = query_loss(model, dataclasses.replace(query, text=again.text), draws)
     if not np.isfinite(loss):
         raise ValueError(f"query {query.id!r}: the model's loss is {loss}")
+    if not again.latents.isfinite().all():
+        raise ValueError(f"query {query.id!r}: the picture that the model makes is not finite")
     a, b = (np.asarray(p, dtype=np.float64) / 255 for p in (query.image, again.image))
     cosine = torch.cosine_similarity(again.latents.flatten(), query.latents.flatten(), dim=0)
     return Outcome(loss, float(((a - b) ** 2).mean()), ssim(a, b), float(cosine))

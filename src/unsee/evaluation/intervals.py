@@ -56,6 +56,16 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def check_level(level: float) -> None:
+    """Refuses what is no level of an interval.
+
+    Raises:
+        ValueError: not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"interval: level = {level} must be between 0 and 1, such as 0.95")
+
+
 def mean_interval(values: np.ndarray, *, level: float = 0.95) -> Estimate:
     """Returns the mean of one value for each query, with an interval over queries only.
 
@@ -227,6 +237,8 @@ def _resampled_lds(
         seed: of the resampling.
     """
     subsets = outcomes.shape[1]
+    if len(outcomes) < 2:
+        raise ValueError(f"lds: {len(outcomes)} queries; an interval takes at least 2")
     if subsets < FEWEST_RESAMPLED:
         raise ValueError(f"lds: an interval needs {FEWEST_RESAMPLED} subsets, there are {subsets}")
     generator = _generator(seed)
@@ -275,8 +287,7 @@ def _interval(
     count = len(values)
     if count < 2:
         raise ValueError(f"interval: {count} queries; it takes at least 2")
-    if not 0 < level < 1:
-        raise ValueError(f"interval: level = {level} must be between 0 and 1, such as 0.95")
+    check_level(level)
     mean, own = float(values.mean()), float(values.var(ddof=1)) / count
     if np.isinf(shared):
         return Estimate(mean, -np.inf, np.inf, level)

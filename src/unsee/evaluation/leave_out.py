@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..draws import stable_seed
-from .intervals import Estimate, counterfactual_effect, mean_interval
+from .intervals import Estimate, check_level, counterfactual_effect, mean_interval
+from .metrics import check_finite
 
 FULL, RANDOM = "none", "random"
 """Names, in place of a method's, of the model on everything and of random removal."""
@@ -76,9 +78,11 @@ def plan_removals(
         seed: of the random sets.
 
     Raises:
-        ValueError: a ranking of fewer than K ids, an id that is not there, no random sets, or two
-            methods or queries whose runs would have the same name.
+        ValueError: a K that removes nothing or everything; a ranking that a method lacks, of fewer
+            than K ids, with an id that is not there or there twice; no random sets; or two methods
+            or queries whose runs would have the same name.
     """
+    _check(orders, ids, k)
     if random < 1:
         raise ValueError(f"leave out: {random} random sets; at least 1 is compared with")
     known = set(ids)
@@ -131,6 +135,7 @@ def plan_together(
     Raises:
         ValueError: see `plan_removals`; or the rankings do not name so many.
     """
+    _check(orders, ids, total)
     found = plan_removals({}, ids, total, random=random, seed=seed)
     for method, of_query in orders.items():
         removed: dict[str, None] = {}
@@ -146,6 +151,22 @@ def plan_together(
         name = f"{TOGETHER}--{_plain(method)}"
         found.append(Removal(name, method, TOGETHER, tuple(removed)))
     return found
+
+
+def _check(orders: Mapping[str, Mapping[str, Sequence[str]]], ids: Sequence[str], k: int) -> None:
+    if not isinstance(k, int | np.integer) or not 1 <= k < len(ids):
+        raise ValueError(
+            f"leave out: K = {k!r} must be a whole number from 1 to {len(ids) - 1}, so that one of "
+            f"the {len(ids)} examples stays"
+        )
+    queries = list(dict.fromkeys(q for order in orders.values() for q in order))
+    for method, order in orders.items():
+        for query in queries:
+            if query not in order:
+                raise ValueError(f"leave out: {method!r} has no ranking for {query!r}")
+            if len(set(order[query])) < len(order[query]):
+                twice = next(i for i, n in Counter(order[query]).items() if n > 1)
+                raise ValueError(f"leave out: {method!r} ranks {twice!r} twice for {query!r}")
 
 
 def _random(ids: Sequence[str], k: int, seed: int, number: int) -> tuple[str, ...]:
@@ -217,8 +238,10 @@ def leave_out_effects(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95)
         queries that any method has.
 
     Raises:
-        ValueError: a query was not measured under the model on everything.
+        ValueError: a query was not measured under the model on everything, or a measure that is
+            not finite.
     """
+    check_level(level)
     full = {r["query"]: r for r in rows if r["method"] == FULL}
     found = []
     for k in sorted({r["k"] for r in rows if r["method"] != FULL}):
@@ -287,6 +310,8 @@ def _effect(
     whole = [run for run in chance.values() if all(q in run for q in queries)]
     random = np.array([[run[q][measure] for run in whole] for q in queries])
     after = random.mean(1) if own is None else np.array([own[q][measure] for q in queries])
+    for values in (before, after, random):
+        check_finite(f"leave out: {measure} of {method!r}", values)
     if len(queries) == 1:
         change = _point(after - before, level)
         excess = _point(after - random.mean(1), level) if whole else None

@@ -330,6 +330,6 @@ def _check_varied(what: str, values: np.ndarray, over: str) -> None:
 
 
 def _check_k(what: str, k: int, examples: int) -> None:
-    if k != int(k) or not 1 <= k <= examples:
+    if not isinstance(k, int | np.integer) or not 1 <= k <= examples:
         raise ValueError(f"{what}: k = {k} is no whole number from 1 to {examples}, the number of "
                          "examples")  # fmt: skip

@@ -200,6 +200,10 @@ what `AbU(index)` answers by default; `index-loss` and `index-output` are its tw
 """
 
 
+WITHOUT_DRAWS = ("latent", "pixel", "text", "random")
+"""What takes no gradients."""
+
+
 def check_method(name: str, damping: float | None = None) -> float | None:
     """Returns the damping that a method takes: the one given, or its own; None if it has none.
 
@@ -239,7 +243,9 @@ def score_files(
     """
     value = check_method(name, damping)
     settings = {"draws": draws, **({} if value is None else {"damping": value})}
-    detail = "" if value is None else f"-damping-{value:g}-draws-{draws}"
+    detail = "" if value is None else f"-damping-{value:g}"
+    if name not in WITHOUT_DRAWS:
+        detail += f"-draws-{draws}"
     folder = work / "scores" / f"{name}{detail}"
     if not all((folder / f"{q.id}.parquet").is_file() for q in benchmark.queries):
         trial = Trial(benchmark, work, draws)
