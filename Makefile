@@ -38,7 +38,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 # kronfluence and dattri, which tests compare with, ask for more than the tests use of them:
-# torchvision the one, a MIDI reader the other.
+# torchvision the one, a MIDI reader the other. quanda, whose metrics could be compared with too, pins
+# an older numpy than the others take and is not installed.
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing what the tests need ..."
 	$(INSTALL) -e '.[demo,dev]'
