@@ -145,7 +145,7 @@ def line(row: dict) -> str:
     if "over_reference" in row:
         over = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["over_reference"])
     value = "{:.3f} [{:.3f}, {:.3f}]".format(*row["lds"])
-    kinds = f"{row['lds_member']:.3f} | {row['lds_new']:.3f}"
+    kinds = f"{row['lds_member']:.2f} | {row['lds_new']:.2f}"
     return f"| {row['method']} | {setting} | {value} | {kinds} | {over} | {row['decoys']:.0%} |"
 
 

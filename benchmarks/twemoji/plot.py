@@ -31,7 +31,7 @@ SHOWN = (
     "similarity, latent", "random", "AbU, damped Fisher, rise 0.25",
     "AbU, EK-FAC averaged, rise 0.25", "index to second order, EK-FAC loss",
     "D-TRAK without own term, all parameters", "D-TRAK, sketch of 16384",
-    "influence, little noise, EK-FAC", "influence, most noise, EK-FAC", "index, 4 checkpoints",
+    "influence, little noise, EK-FAC", "influence, most noise, EK-FAC", "index, 2 checkpoints",
     "TracIn, 4 checkpoints", "AbU, EK-FAC averaged, rise 0.01", "AbU, EK-FAC averaged, rise 1",
     "AbU, ten steps, EK-FAC averaged, rise 0.25", "AbU, identity, rise 0.25",
     "loss + output norm, linear layers",
