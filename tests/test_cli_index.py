@@ -108,7 +108,8 @@ def test_index_builds_says_sizes_and_resumes(mine: Run, capsys: pytest.CaptureFi
         assert f"{column}: 3 of 3 shards, {size / 1e6:.1f} MB, {size / 12e3:.1f} kB" in said
     assert lost.read_bytes() == was
     assert main(["info", str(mine.path)]) == 0
-    assert capsys.readouterr().out == said
+    made_of = f"made of {str(mine.model)!r} and {str(mine.data)!r}\n"
+    assert capsys.readouterr().out == said + made_of
 
 
 def test_a_stopped_build_says_that_it_is_not_finished(
