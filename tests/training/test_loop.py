@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import pty
 import re
-import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.test_progress import on_terminal
 from unsee.draws import stable_seed
 from unsee.training.loop import (
     CHECKPOINT,
@@ -310,17 +307,7 @@ def test_there_must_be_something_to_train(tmp_path: Path) -> None:
 def test_a_terminal_gets_a_bar_with_an_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 120))
-    with os.fdopen(terminal, "w") as stream, os.fdopen(reader, "rb", buffering=0) as screen:
-        monkeypatch.setattr(sys, "stderr", stream)
-        run(tmp_path / "emoji")
-        monkeypatch.undo()
-        stream.write("the end")
-        stream.flush()
-        shown = ""
-        while "the end" not in shown:
-            shown += screen.read(4096).decode()
+    shown = on_terminal(monkeypatch, lambda: run(tmp_path / "emoji"))
     assert "emoji: 100%" in shown
     assert re.search(r"30/30 \[\d\d:\d\d<\d\d:\d\d, .*step/s", shown)  # elapsed < remaining, speed
 
